@@ -1,0 +1,848 @@
+"""Settings, training, evaluation and figures of the report, in the order in which the data flows.
+
+Nothing here holds state between calls: settings travel as one frozen object, functions return values, and a
+run lives in its folder as `ckpt.pt` (best validation estimate) and `last.pt` (where to go on).
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from model import GPT, GPTConfig, GraphedStep
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. Raises ValueError for values that cannot be trained with."""
+
+    batch_size: int = 12  # sequences a forward pass
+    block_size: int = 256  # tokens of context
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.1
+    bias: bool = True
+    learning_rate: float = 1e-3  # peak, reached after the warm-up
+    min_lr: float = 1e-4  # floor, reached at the last step
+    decay_lr: bool = True  # cosine from the peak to the floor; False: the peak throughout
+    max_iters: int = 5000  # optimizer steps
+    warmup_iters: int = 200
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    gradient_accumulation_steps: int = 1  # forward passes an optimizer step
+    eval_interval: int = 250  # steps between two evaluations
+    eval_iters: int = 200  # batches of one estimate
+    seed: int = 1337
+    compile: bool = False  # torch.compile, where the device and the machine can
+
+    def __post_init__(self):
+        at_least_one = ("batch_size", "block_size", "max_iters", "gradient_accumulation_steps", "eval_interval")
+        for field in (*at_least_one, "eval_iters", "n_layer", "n_head", "n_embd"):
+            _require(getattr(self, field) >= 1, field, self, "a whole number of at least 1")
+        for field in ("learning_rate", "min_lr"):
+            _require(0 < getattr(self, field) < math.inf, field, self, "a number above 0")
+        for field in ("weight_decay", "grad_clip", "warmup_iters", "seed"):
+            _require(0 <= getattr(self, field) < math.inf, field, self, "a number of at least 0")
+        for field in ("beta1", "beta2", "dropout"):
+            _require(0 <= getattr(self, field) < 1, field, self, "a number of at least 0 and below 1")
+        _require(self.min_lr <= self.learning_rate, "min_lr", self, f"at most learning_rate {self.learning_rate}")
+        self.model_config(vocab_size=1)
+
+    def model_config(self, vocab_size):
+        shape = {f.name: getattr(self, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
+        return GPTConfig(vocab_size=vocab_size, **shape)
+
+    @property
+    def tokens_per_step(self):
+        return self.batch_size * self.block_size * self.gradient_accumulation_steps
+
+
+def _require(holds, field, settings, wanted):
+    if not holds:
+        raise ValueError(f"{field} is {getattr(settings, field)}: give {wanted}.")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The two runs of the report, and how much is scored and generated around them."""
+
+    name: str
+    wikitext2: Settings
+    shakespeare: Settings
+    needs_real_data: bool  # False: the stand-in will do where the real texts cannot be had
+    score_train: bool  # score the whole training split too
+    new_tokens: int = 150  # generated tokens a sample
+    temperature: float = 0.8
+    top_k: int = 40
+
+
+def choose_preset(name=None):
+    """The preset called `name`, or else by NANOGPT_PRESET, or else `full` with CUDA and `quick` without."""
+    name = name or os.environ.get("NANOGPT_PRESET") or ("full" if torch.cuda.is_available() else "quick")
+    full = Settings(compile=True)
+    quick = Settings(
+        batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=64, learning_rate=3e-3, min_lr=3e-4,
+        dropout=0.0, max_iters=300, warmup_iters=30, eval_interval=50, eval_iters=20,
+    )  # fmt: skip
+    smoke = replace(
+        quick, block_size=32, n_layer=2, n_head=2, n_embd=16, batch_size=4, max_iters=20, warmup_iters=4,
+        eval_interval=5, eval_iters=2,
+    )  # fmt: skip
+    presets = {
+        "full": Preset("full", full, replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4), True, True),
+        "quick": Preset("quick", quick, replace(quick, n_embd=128, max_iters=800, eval_interval=100), False, False),
+        "smoke": Preset("smoke", smoke, smoke, False, False, new_tokens=20),
+    }
+    if name not in presets:
+        raise ValueError(f"There is no preset {name!r}: set NANOGPT_PRESET to one of {', '.join(presets)}.")
+    return presets[name]
+
+
+# ------------------------------------------------------------------------------------ device and precision
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and in which floating-point type a model runs, with the reason as text."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    def autocast(self):
+        """Mixed precision around a forward pass; float32 throughout where the type is float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def choose_precision(device=None):
+    """bf16 on CUDA cards that compute in it (capability 8.0 on), fp16 with a scaler on older ones, else float32."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda":
+        return Precision(device, torch.float32, "float32, since half precision gains nothing dependable on a CPU")
+    capability = torch.cuda.get_device_capability(device)
+    version = ".".join(map(str, capability))
+    if capability >= (8, 0):
+        return Precision(device, torch.bfloat16, f"bf16, computed natively by capability {version}; needs no scaler")
+    return Precision(device, torch.float16, f"fp16 with a gradient scaler: capability {version} only emulates bf16")
+
+
+def describe_machine(precision):
+    """What the run was made on, as plain text values."""
+    cuda = precision.device.type == "cuda"
+    card = torch.cuda.get_device_properties(precision.device) if cuda else None
+    return {
+        "device": f"{card.name}, {card.total_memory / 2**30:.0f} GiB" if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "precision": precision.reason,
+        "PyTorch": torch.__version__,
+        "CUDA": torch.version.cuda if cuda else "not used",
+        "Python": platform.python_version(),
+    }
+
+
+# ------------------------------------------------------------------------------------- batches and schedule
+
+
+def tokens_on(device, split):
+    """A split's memmap (N,) uint16 as an int32 tensor on the device: both data sets fit many times over."""
+    return torch.from_numpy(np.asarray(split).astype(np.int32)).to(device)
+
+
+def draw_starts(n_tokens, settings, step, batches):
+    """First positions (batches, batch_size) of random windows, on the CPU.
+
+    They depend on seed, step and sizes alone, so a resumed run draws what an unbroken one would, on any
+    device. Step -1 is the evaluation's draw, the same at every evaluation.
+    """
+    check_length(n_tokens, settings.block_size)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step + 1)
+    return torch.randint(n_tokens - settings.block_size, (batches, settings.batch_size), generator=generator)
+
+
+def check_length(n_tokens, block_size):
+    if n_tokens <= block_size:
+        raise ValueError(
+            f"The split has {n_tokens} tokens and the block {block_size}: a window needs one token more than the "
+            f"block, so use a longer text or a smaller block_size."
+        )
+
+
+def get_batch(tokens, starts, block_size):
+    """Windows of `tokens` (N,) from `starts` (B,): inputs (B, T) and targets (B, T), one position later."""
+    offsets = torch.arange(block_size + 1, device=tokens.device)
+    windows = tokens[starts[:, None] + offsets].long()
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def get_lr(step, settings):
+    """Learning rate of a step: linear warm-up, then a cosine down to `min_lr` at the run's last step."""
+    if step < settings.warmup_iters:
+        return settings.learning_rate * (step + 1) / (settings.warmup_iters + 1)
+    if not settings.decay_lr:
+        return settings.learning_rate
+    if step >= settings.max_iters:
+        return settings.min_lr
+    progress = (step - settings.warmup_iters) / (settings.max_iters - settings.warmup_iters)
+    return settings.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (settings.learning_rate - settings.min_lr)
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+
+def summed_nats(model, x, targets):
+    """Total cross-entropy, in nats, of hidden states (N, C) against targets (N,), in float64."""
+    rows = 8192 if x.is_cuda else 64  # few enough that a CPU keeps a chunk's logits in its cache
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for states, wanted in zip(x.split(rows), targets.split(rows)):
+        total += F.cross_entropy(model.head(states).float(), wanted, reduction="sum")
+    return total
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def estimate_loss(model, tokens, settings, precision):
+    """Mean loss over `eval_iters` random batches, in nats a token: for curves, not for tables.
+
+    The windows are the same at every evaluation, and their draw is apart from the training's.
+    """
+    starts = draw_starts(len(tokens), settings, -1, settings.eval_iters).flatten().to(tokens.device)
+    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    with evaluation_mode(model), precision.autocast():
+        for part in starts.split(max(1, 16384 // settings.block_size)):
+            x, y = get_batch(tokens, part, settings.block_size)
+            total += summed_nats(model, model.hidden(x).flatten(0, 1), y.flatten())
+    return total.item() / (len(starts) * settings.block_size)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A whole split scored once: `nats` is the sum over every token."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    words: int | None  # with one end-of-line a line; None for characters
+
+    @property
+    def loss(self):
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self):
+        """Per token."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self):
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def word_perplexity(self):
+        """Per word, end-of-lines counted as words, as the WikiText-2 literature has it (Merity et al. 2016)."""
+        return math.exp(self.nats / self.words) if self.words else None
+
+
+def score_split(model, data, split, stride=None):
+    """Scores every token of a split exactly once, in float32; returns a Score.
+
+    Without a stride, in non-overlapping blocks: a block's first token sees only the last token before it. With
+    one, in windows that move on by `stride` tokens, so that each token sees at least block - stride others.
+    The split's first token is predicted from a line end.
+    """
+    block = model.config.block_size
+    device = next(model.parameters()).device
+    tokens = tokens_on(device, data.splits[split]).long()
+    inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])  # inputs[i] precedes tokens[i]
+    stride = stride or block
+    firsts = torch.arange(0, len(tokens), stride, device=device)  # first target of each window
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with evaluation_mode(model):
+        for part in firsts.split(max(1, 32768 // block)):
+            starts = (part - (block - stride)).clamp(min=0)
+            positions = starts[:, None] + torch.arange(block, device=device)
+            scored = (positions >= part[:, None]) & (positions < (part + stride).clamp(max=len(tokens))[:, None])
+            inside = positions.clamp(max=len(tokens) - 1)  # what overhangs the end is never seen: causal
+            total += summed_nats(model, model.hidden(inputs[inside])[scored], tokens[inside][scored])
+    return Score(total.item(), len(tokens), data.bytes[split], data.words.get(split))
+
+
+def score_baselines(data, split):
+    """Uniform, unigram and bigram models fitted to the training split; returns Scores by name.
+
+    Unigram counts are smoothed by one, bigrams by a Dirichlet prior around the unigrams (MacKay and Peto 1995)
+    whose strength is chosen on the validation split.
+    """
+    vocab, train = data.vocab_size, np.asarray(data.splits["train"]).astype(np.int64)
+    unigram = (np.bincount(train, minlength=vocab) + 1) / (len(train) + vocab)
+    strengths = (10, 30, 100, 300, 1000, 3000)
+    pairs, counts = np.unique(train[:-1] * vocab + train[1:], return_counts=True)
+    before = np.bincount(train[:-1], minlength=vocab)
+
+    def bigram_nats(tokens, strength):
+        contexts = np.concatenate([[data.first_context], tokens[:-1]])
+        wanted = contexts * vocab + tokens
+        found = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
+        seen = np.where(pairs[found] == wanted, counts[found], 0)
+        return -np.log((seen + strength * unigram[tokens]) / (before[contexts] + strength)).sum()
+
+    held_out, tokens = (np.asarray(data.splits[name]).astype(np.int64) for name in ("val", split))
+    best = min(strengths, key=lambda strength: bigram_nats(held_out, strength))
+    nats = {
+        "uniform": len(tokens) * math.log(vocab),
+        "unigram": -np.log(unigram[tokens]).sum(),
+        "bigram": bigram_nats(tokens, best),
+    }
+    sizes = (len(tokens), data.bytes[split], data.words.get(split))
+    return {name: Score(float(value), *sizes) for name, value in nats.items()}
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used, and what to do about it."""
+
+
+def write_atomically(path, write):
+    """Calls `write(file)` on a temporary file beside `path`, then renames it: the old file stays until then."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} could not be written ({reason}): free disk space or choose another folder; what stood there "
+            f"before is unharmed."
+        ) from None
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save_checkpoint(path, checkpoint):
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint's plain values onto the CPU; never unpickles code. Raises CheckpointError."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not check the sums that its files carry
+            if archive.testzip():
+                raise zipfile.BadZipFile("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no checkpoint {path}: run the training cell that writes it first.") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path} holds more than plain values and was not opened: use a file you trust.") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}): delete it and train again.") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args", "iter_num"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} is no checkpoint of a GPT of this kind: delete it or choose another file.")
+    return checkpoint
+
+
+def load_model(path, device="cpu", vocab_size=None):
+    """The model saved in a checkpoint of this project or of nanoGPT, in eval mode. Raises CheckpointError."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} does not fit the model that it describes ({reason}): use another file.") from None
+    if vocab_size not in (None, model.config.vocab_size):
+        raise CheckpointError(
+            f"{path} has a vocabulary of {model.config.vocab_size} and the data one of {vocab_size}: load the "
+            f"checkpoint that was trained on this data."
+        )
+    return model.to(device).eval()
+
+
+def check_same_run(checkpoint, settings, data, path):
+    """Refuses to go on from a checkpoint of other settings or data; the error names what differs."""
+    saved = {**checkpoint.get("settings", {}), **checkpoint.get("data", {})}
+    wanted = {**asdict(settings), **data_identity(data)}
+    differing = [
+        f"{key} {saved.get(key)!r} there, {value!r} here" for key, value in wanted.items() if saved.get(key) != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to another run ({'; '.join(differing)}): pass fresh=True to train anew, which replaces "
+            f"it, or choose another folder."
+        )
+
+
+def data_identity(data):
+    return {"data": data.name, "title": data.title, "vocab_size": data.vocab_size, "fingerprint": data.fingerprint}
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+class Trainer:
+    """A run's state on its device, and the one optimizer step that every device and precision takes.
+
+    The step reads the windows' positions and the rate of its row from tables, and writes loss and gradient
+    norm into others: nothing in it waits for the host, so that a CUDA graph can hold it whole.
+    """
+
+    def __init__(self, model, data, settings, precision):
+        self.model, self.settings, self.precision = model, settings, precision
+        device, rows = precision.device, settings.eval_interval
+        self.tokens = {name: tokens_on(device, data.splits[name]) for name in ("train", "val")}
+        self.rate = torch.zeros((), device=device)
+        betas = (settings.beta1, settings.beta2)
+        self.optimizer = model.configure_optimizers(settings.weight_decay, self.rate, betas, device.type)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
+        shape = (rows, settings.gradient_accumulation_steps, settings.batch_size)
+        self.starts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.rates, self.losses, self.norms = (torch.zeros(rows, device=device) for _ in range(3))
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.forward = compiled_forward(model) if settings.compile and device.type == "cuda" else model
+        self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda")
+
+    def fill_tables(self, first, last):
+        """Positions and rates of the steps from `first` up to `last`."""
+        n_tokens, passes = len(self.tokens["train"]), self.settings.gradient_accumulation_steps
+        starts = [draw_starts(n_tokens, self.settings, step, passes) for step in range(first, last)]
+        self.starts[: last - first] = torch.stack(starts).to(self.starts.device)
+        self.rates[: last - first] = torch.tensor([get_lr(step, self.settings) for step in range(first, last)])
+        self.row.zero_()
+
+    def step(self):
+        passes = self.settings.gradient_accumulation_steps
+        self.rate.copy_(self.rates[self.row][0])
+        starts = self.starts[self.row][0]
+        total = torch.zeros_like(self.rate)
+        for index in range(passes):
+            x, y = get_batch(self.tokens["train"], starts[index], self.settings.block_size)
+            with self.precision.autocast():
+                loss = self.forward(x, y)[1] / passes
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model.parameters(), self.settings.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.index_copy_(0, self.row, total[None])
+        self.norms.index_copy_(0, self.row, norm[None])
+        self.row.add_(1)
+
+    def advance(self, first, last, stopping, progress):
+        """Takes the steps from `first` up to `last`, or to where a stop is asked for.
+
+        Returns the losses and gradient norms of the steps taken, one float each.
+        """
+        self.fill_tables(first, last)
+        together = 32 if self.precision.device.type == "cuda" else 1  # steps queued before the host looks up
+        step = first
+        while step < last and not stopping():
+            until = min(step + together, last)
+            for _ in range(step, until):
+                self.graphed_step()
+            step = until
+            if self.precision.device.type == "cuda":
+                torch.cuda.synchronize()
+            progress(step)
+        taken = step - first
+        return self.losses[:taken].tolist(), self.norms[:taken].tolist()
+
+    def state(self):
+        """Everything that the next step depends on, as plain values and tensors."""
+        cuda = self.precision.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.precision.device) if cuda else None,
+            },
+        }
+
+    def load_state(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate  # loading put a copy there, which the step would not move
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.precision.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.precision.device)
+
+
+def compiled_forward(model):
+    """The model's forward pass through torch.compile; eager, with one printed line, where that fails."""
+    compiled = torch.compile(model)
+
+    def forward(x, y):
+        nonlocal compiled
+        try:
+            return compiled(x, y)
+        except Exception as error:  # compilers fail in many ways, all at the first call
+            if compiled is model:
+                raise
+            print(f"Training runs uncompiled, a little slower: {type(error).__name__} from torch.compile.")
+            compiled = model
+            return model(x, y)
+
+    return forward
+
+
+def clip_gradients(parameters, largest):
+    """Scales the gradients so that their joint norm is at most `largest` (0: as they are); returns the norm."""
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: what happened at which step, and what to change."""
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """While inside, an interrupt or a termination only sets a flag; yields a function that reads it.
+
+    A second one acts at once, as outside. Only the main thread can catch signals; elsewhere nothing changes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in caught}
+
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def ask(number, frame):
+        asked.set()
+        restore()
+
+    for number in caught:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        restore()
+
+
+HISTORY_KEYS = ("iter", "train_loss", "val_loss", "learning_rate", "time", "seconds", "tokens", "grad_norm", "peak_memory")
+
+
+def new_history():
+    """One list a quantity. A row each evaluation; `step_loss` and `step_grad_norm` have one each step.
+
+    iter: steps done. train_loss, val_loss: 200-batch estimates, nats a token. learning_rate: of the next step.
+    time: training seconds since the row before. seconds, tokens: trained so far. grad_norm: mean since the row
+    before, ahead of clipping. peak_memory: bytes. No time holds evaluation.
+    """
+    return {key: [] for key in (*HISTORY_KEYS, "step_loss", "step_grad_norm")}
+
+
+def record(history, trainer, step, seconds):
+    """Evaluates, and appends one row to the history."""
+    settings = trainer.settings
+    since = history["iter"][-1] if history["iter"] else 0
+    norms = [norm for norm in history["step_grad_norm"][since:step] if math.isfinite(norm)]
+    row = {
+        "iter": step,
+        "learning_rate": get_lr(step, settings),
+        "time": seconds - (history["seconds"][-1] if history["seconds"] else 0.0),
+        "seconds": seconds,
+        "tokens": step * settings.tokens_per_step,
+        "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+        "peak_memory": peak_memory(trainer.precision.device),
+    }
+    for split in ("train", "val"):
+        row[f"{split}_loss"] = estimate_loss(trainer.model, trainer.tokens[split], settings, trainer.precision)
+    for key, value in row.items():
+        history[key].append(value)
+
+
+def peak_memory(device):
+    """Bytes: allocated on the card, or of the whole process on a CPU (0 where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_finite(history, taken, first, trainer):
+    """Stops a run whose loss or gradient is no number; fp16 overflow is the scaler's to skip."""
+    scaled = trainer.scaler.is_enabled()
+    for offset, (loss, norm) in enumerate(zip(*taken)):
+        if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
+            step = first + offset
+            scale = f", scale {trainer.scaler.get_scale():g}" if scaled else ""
+            raise TrainingError(
+                f"Step {step} gave loss {loss} and gradient norm {norm} at learning rate "
+                f"{get_lr(step, trainer.settings):.2e}{scale}: lower learning_rate or raise warmup_iters; the last "
+                f"good checkpoint is kept."
+            )
+
+
+def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, view=None, save_seconds=30.0):
+    """Trains `model` on `data` and returns the history; the weights stay those of the last step.
+
+    Writes `out_dir/ckpt.pt`, the step with the best validation estimate, and `out_dir/last.pt`; unsaved work is
+    at most `save_seconds` of training and one evaluation interval. Called again it goes on from `last.pt`, to
+    the same end as a run never stopped, or, if that run is finished, only loads it; `fresh=True` starts over.
+    An interrupt or a termination ends at a step's edge, saves and returns.
+    Raises CheckpointError for a checkpoint of another run, TrainingError for a loss that is no number.
+    """
+    precision = precision or choose_precision()
+    for split in ("train", "val"):
+        check_length(len(data.splits[split]), settings.block_size)
+    if model.config != settings.model_config(data.vocab_size):
+        raise ValueError("The model does not have the shape of these settings and this data: make it with make_model.")
+    model.to(precision.device).train()
+    trainer = Trainer(model, data, settings, precision)
+    store = RunStore(Path(out_dir), settings, data, save_seconds)
+    history, step, seconds = store.resume(trainer, fresh)
+    view = view or SilentView()
+    with stop_requests() as stopping:
+        while True:
+            if step not in history["iter"] and (step % settings.eval_interval == 0 or step == settings.max_iters):
+                record(history, trainer, step, seconds)
+                store.keep(trainer, history, step, seconds)
+                view.evaluated(history)
+            if step == settings.max_iters or stopping():
+                break
+            last = min(step - step % settings.eval_interval + settings.eval_interval, settings.max_iters)
+            started = time.perf_counter()
+            taken = trainer.advance(step, last, stopping, view.progress)
+            seconds += time.perf_counter() - started
+            check_finite(history, taken, step, trainer)
+            history["step_loss"] += taken[0]
+            history["step_grad_norm"] += taken[1]
+            step += len(taken[0])
+    store.finish(trainer, history, step, seconds)
+    view.finished(history, step, trainer.graphed_step.reason)
+    return history
+
+
+class RunStore:
+    """The two checkpoint files of a run: what is in them, and when they are written."""
+
+    def __init__(self, folder, settings, data, save_seconds):
+        self.best_path, self.last_path = folder / "ckpt.pt", folder / "last.pt"
+        self.settings, self.data, self.save_seconds = settings, data, save_seconds
+        self.unsaved_best, self.saved_step, self.saved_at = None, None, time.monotonic()
+
+    def resume(self, trainer, fresh):
+        """Puts a saved state into the trainer, or the seed into a new run; returns history, step and seconds."""
+        if fresh or not self.last_path.exists():
+            torch.manual_seed(self.settings.seed)
+            return new_history(), 0, 0.0
+        checkpoint = load_checkpoint(self.last_path)
+        check_same_run(checkpoint, self.settings, self.data, self.last_path)
+        trainer.load_state(checkpoint)
+        self.saved_step = checkpoint["iter_num"]
+        return checkpoint["history"], checkpoint["iter_num"], checkpoint["seconds"]
+
+    def checkpoint(self, trainer, history, step, seconds):
+        return {
+            **trainer.state(),
+            "model_args": asdict(trainer.model.config),
+            "settings": asdict(self.settings),
+            "data": data_identity(self.data),
+            "iter_num": step,
+            "best_val_loss": min(history["val_loss"]),
+            "history": history,
+            "seconds": seconds,
+        }
+
+    def keep(self, trainer, history, step, seconds):
+        """After an evaluation: holds the state if it is the best, and writes both files when it is time."""
+        if history["val_loss"][-1] == min(history["val_loss"]):
+            self.unsaved_best = copy.deepcopy(self.checkpoint(trainer, history, step, seconds))
+        if time.monotonic() - self.saved_at >= self.save_seconds:
+            self.write(trainer, history, step, seconds)
+
+    def write(self, trainer, history, step, seconds):
+        # the best first: were only it written, going on from the older last would come past it again
+        if self.unsaved_best is not None:
+            save_checkpoint(self.best_path, self.unsaved_best)
+        save_checkpoint(self.last_path, self.checkpoint(trainer, history, step, seconds))
+        self.unsaved_best, self.saved_step, self.saved_at = None, step, time.monotonic()
+
+    def finish(self, trainer, history, step, seconds):
+        if step != self.saved_step:
+            self.write(trainer, history, step, seconds)
+
+
+def make_model(settings, data):
+    """A new model for a data set, its initial weights fixed by the seed."""
+    torch.manual_seed(settings.seed)
+    return GPT(settings.model_config(data.vocab_size))
+
+
+# ------------------------------------------------------------------------------------- what a reader watches
+
+
+class SilentView:
+    """Shows nothing: for tests."""
+
+    def progress(self, step):
+        pass
+
+    def evaluated(self, history):
+        pass
+
+    def finished(self, history, step, reason):
+        pass
+
+
+def loss_rows(history):
+    """The table of a run: one row an evaluation."""
+    header = ("step", "train loss", "validation loss", "learning rate", "gradient norm", "tokens/s")
+    rows = [
+        (f"{h['iter']:,}", f"{h['train_loss']:.4f}", f"{h['val_loss']:.4f}", f"{h['learning_rate']:.2e}",
+         f"{h['grad_norm']:.2f}" if h["iter"] else "", f"{h['rate']:,.0f}" if h["iter"] else "")
+        for h in history_rows(history)
+    ]  # fmt: skip
+    return header, rows
+
+
+def history_rows(history):
+    """The history as one dict an evaluation, with `rate`, tokens/s since the one before."""
+    before = [0, *history["tokens"]]
+    rows = [dict(zip(HISTORY_KEYS, values)) for values in zip(*(history[key] for key in HISTORY_KEYS))]
+    return [{**row, "rate": (row["tokens"] - b) / row["time"] if row["time"] else 0.0} for row, b in zip(rows, before)]
+
+
+def tokens_per_second(history):
+    """Training throughput; the first interval, which holds compilation and capture, is left out."""
+    first = min(1, len(history["iter"]) - 2)
+    seconds = history["seconds"][-1] - history["seconds"][first]
+    return (history["tokens"][-1] - history["tokens"][first]) / seconds if seconds > 0 else 0.0
+
+
+def markdown_table(header, rows):
+    """A table that renders everywhere, GitHub included."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+class LiveView:
+    """One progress line, one growing loss curve and one growing table in a notebook; a bar elsewhere."""
+
+    def __init__(self, title, settings, color):
+        self.title, self.settings, self.color = title, settings, color
+        self.history, self.shown_at, self.began, self.first = new_history(), 0.0, None, 0
+        self.line = self.picture = self.table = self.bar = None
+        if in_notebook():
+            from IPython.display import Markdown, display
+
+            self.show = Markdown
+            self.line = display(Markdown(""), display_id=True)
+            self.picture = display(Markdown(""), display_id=True)
+            self.table = display(Markdown(""), display_id=True)
+        else:
+            self.bar = tqdm(total=settings.max_iters, desc=title, unit="step")
+
+    def progress(self, step):
+        now = time.perf_counter()
+        if self.began is None:
+            self.began, self.first = now, step
+        elif now - self.shown_at > 0.5:
+            self.shown_at = now
+            speed = (step - self.first) / (now - self.began)
+            self._say(step, f"{speed * self.settings.tokens_per_step:,.0f} tokens/s, "
+                            f"about {(self.settings.max_iters - step) / speed:,.0f} s left")  # fmt: skip
+
+    def evaluated(self, history):
+        self.history = history
+        if self.table is None:
+            self.bar.set_postfix(val_loss=f"{history['val_loss'][-1]:.4f}")
+            return
+        figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+        plot_losses(axes, history, self.title, self.color)
+        self.picture.update(figure)
+        plt.close(figure)
+        self.table.update(self.show(markdown_table(*loss_rows(history))))
+
+    def finished(self, history, step, reason):
+        if reason:
+            print(f"The step ran without a CUDA graph, more slowly but to the same end: {reason}")
+        partial = step < self.settings.max_iters
+        state = "interrupted and saved: run this cell again to go on" if partial else "finished"
+        self.evaluated(history)
+        self._say(step, f"{state}; {history['seconds'][-1]:,.1f} s of training, {tokens_per_second(history):,.0f} tokens/s "
+                        f"after the first interval")  # fmt: skip
+        if self.bar is not None:
+            self.bar.close()
+
+    def _say(self, step, text):
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        else:
+            self.line.update(self.show(f"**{self.title}**: step {step:,} of {self.settings.max_iters:,}; {text}."))
+
+
+def in_notebook():
+    """Whether a Jupyter kernel runs this, which can show pictures."""
+    if "IPython" not in sys.modules:
+        return False
+    shell = sys.modules["IPython"].get_ipython()
+    return shell is not None and hasattr(shell, "kernel")
+
+
+# -------------------------------------------------------------------------------------------------- figures
+
+
+def plot_losses(axes, history, title, color):
+    """Training (solid) and validation (dashed) estimates over the steps."""
+    axes.plot(history["iter"], history["train_loss"], color=color, label=f"{title}, training")
+    axes.plot(history["iter"], history["val_loss"], color=color, linestyle="--", marker=".", label=f"{title}, validation")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    axes.legend()
