@@ -6,11 +6,11 @@ run lives in its folder as `ckpt.pt` (best validation estimate) and `last.pt` (w
 
 import contextlib
 import copy
-import json
 import math
 import os
 import pickle
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -837,6 +837,223 @@ def in_notebook():
     return shell is not None and hasattr(shell, "kernel")
 
 
+# ------------------------------------------------------------------------------------- runs in the report
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run as the report reads it."""
+
+    data: object  # the data set, as data.dataset.load gives it
+    settings: Settings
+    history: dict
+    folder: Path
+    color: str
+
+    @property
+    def title(self):
+        return self.data.title
+
+    @property
+    def unit(self):
+        return "character" if self.data.tokenizer.name == "char" else "token"
+
+    @property
+    def steps(self):
+        """Steps trained; fewer than asked for after an interrupt."""
+        return len(self.history["step_loss"])
+
+    @property
+    def best(self):
+        """The history's row with the lowest validation estimate."""
+        return min(history_rows(self.history), key=lambda row: row["val_loss"])
+
+    @property
+    def last(self):
+        return history_rows(self.history)[-1]
+
+    @property
+    def passes(self):
+        """How often the training text was read, on average."""
+        return self.last["tokens"] / len(self.data.splits["train"])
+
+    @property
+    def final_split(self):
+        """What the final figures are of: the test split where there is one."""
+        return "test" if "test" in self.data.splits else "val"
+
+    @property
+    def gap(self):
+        """Validation minus training estimate at the end, nats a token."""
+        return self.last["val_loss"] - self.last["train_loss"]
+
+    def load(self, which, device):
+        """The model of the `best` or `last` checkpoint."""
+        name = {"best": "ckpt.pt", "last": "last.pt"}[which]
+        return load_model(Path(self.folder) / name, device, self.data.vocab_size)
+
+
+def score_run(run, device, splits):
+    """Exact scores of both checkpoints: a dict from (checkpoint, split, method) to Score.
+
+    Methods: `blocks` and, except for the training split, `sliding`, whose windows move on by a quarter block.
+    """
+    scores, stride = {}, max(1, run.settings.block_size // 4)
+    for which in ("best", "last"):
+        model = run.load(which, device)
+        for split in (split for split in splits if split in run.data.splits):
+            scores[which, split, "blocks"] = score_split(model, run.data, split)
+            if split != "train":
+                scores[which, split, "sliding"] = score_split(model, run.data, split, stride)
+    return scores
+
+
+def complete(model, data, prompt, preset, precision, seed=1337):
+    """The prompt and its continuation by the model, as text."""
+    ids = torch.tensor([data.tokenizer.encode(prompt)], dtype=torch.long, device=precision.device)
+    generator = torch.Generator(precision.device).manual_seed(seed)
+    with precision.autocast():
+        ids = model.generate(ids, preset.new_tokens, preset.temperature, preset.top_k, generator)
+    return data.tokenizer.decode(ids[0].tolist())
+
+
+def share_of_known_words(texts, data):
+    """The share of the words in `texts` that the training text holds too."""
+    known = set(re.findall(r"[^\W\d_]+", data.tokenizer.decode(data.splits["train"])))
+    words = [word for text in texts for word in re.findall(r"[^\W\d_]+", text)]
+    return sum(word in known for word in words) / max(1, len(words))
+
+
+def loss_by_position(model, data, split="val"):
+    """Mean loss in nats of the four quarters of a block, over the whole non-overlapping blocks of a split."""
+    block, device = model.config.block_size, next(model.parameters()).device
+    tokens = tokens_on(device, data.splits[split])
+    starts = torch.arange(0, len(tokens) - block, block, device=device)
+    totals = [0.0] * 4
+    with evaluation_mode(model):
+        for part in starts.split(max(1, 32768 // block)):
+            x, y = get_batch(tokens, part, block)
+            quarters = zip(model.hidden(x).tensor_split(4, dim=1), y.tensor_split(4, dim=1))
+            for index, (states, wanted) in enumerate(quarters):
+                totals[index] += summed_nats(model, states.flatten(0, 1), wanted.flatten()).item()
+    sizes = [part.size(1) for part in torch.empty(1, block).tensor_split(4, dim=1)]
+    return [total / (size * len(starts)) for total, size in zip(totals, sizes)]
+
+
+def most_common(data, count):
+    """The most frequent tokens of the training split: pairs of text and share, most frequent first."""
+    counts = np.bincount(data.splits["train"], minlength=data.vocab_size)
+    top = np.argsort(-counts, kind="stable")[:count]
+    return [(data.tokenizer.decode([token]), counts[token] / counts.sum()) for token in top]
+
+
+# ------------------------------------------------------------------------------------------ text and tables
+
+
+def as_markdown(text):
+    from IPython.display import Markdown
+
+    return Markdown(text)
+
+
+def say(text):
+    """Shows Markdown, which every renderer keeps; nothing for an empty text."""
+    from IPython.display import display
+
+    if text:
+        display(as_markdown(text))
+
+
+def show_table(header, rows):
+    say(markdown_table(header, rows))
+
+
+def placeholder(text):
+    """A place in the notebook that a later cell fills by `.update`."""
+    from IPython.display import display
+
+    return display(as_markdown(text), display_id=True)
+
+
+def stand_in_notice(datasets):
+    """What a reader must know where the real texts could not be had; empty where they could."""
+    missing = [data for data in datasets if data.stand_in]
+    return missing and (
+        f"**No real data could be had, so this run uses a stand-in: {', '.join(data.title for data in missing)}.** Its figures say "
+        f"nothing about WikiText-2 or Shakespeare, also where a heading names them; `data/README.md` says how to get these."
+    )
+
+
+def reading_of_training(run):
+    """One paragraph on a training run."""
+    best, last = run.best, run.last
+    turn = (
+        f"It was lowest at step {best['iter']:,}, with {best['val_loss']:.4f}, and rose by {last['val_loss'] - best['val_loss']:.3f} after that."
+        if last["val_loss"] > best["val_loss"] + 0.01
+        else "It was lowest at the end, or within a hundredth of it."
+    )
+    partial = f" **Partial: {run.steps:,} of {run.settings.max_iters:,} steps.**" if run.steps < run.settings.max_iters else ""
+    return (
+        f"The validation estimate fell from {run.history['val_loss'][0]:.3f} to {last['val_loss']:.4f} nats a {run.unit}, the training estimate to "
+        f"{last['train_loss']:.4f}. {turn} Training took {last['seconds']:.1f} s for {last['tokens']:,} tokens.{partial}"
+    )
+
+
+def show_samples(title, before, after):
+    """Continuations of the same prompts, before and after training, to the letter."""
+    for number, (untrained, trained) in enumerate(zip(before, after), 1):
+        say(f"**{title}, prompt {number}, before training**\n\n````text\n{untrained}\n````\n\n**after training**\n\n````text\n{trained}\n````")
+
+
+def headline_rows(runs, scores, models):
+    """Both runs in one table: what was trained, and how well it does on the final split."""
+    header = ("", *(run.title for run in runs))
+    final = [score["best", run.final_split, "blocks"] for run, score in zip(runs, scores)]
+    sliding = [score["best", run.final_split, "sliding"] for run, score in zip(runs, scores)]
+    words = [run.data.tokenizer.name != "char" for run in runs]
+    return header, [
+        ("parameters", *(f"{model.get_num_params(non_embedding=False) / 1e6:.2f}M" for model in models)),
+        ("steps, best at", *(f"{run.steps:,}, {run.best['iter']:,}" for run in runs)),
+        ("best validation estimate", *(f"{run.best['val_loss']:.4f} nats a {run.unit}" for run in runs)),
+        ("whole split", *(run.final_split for run in runs)),
+        ("loss, blocks / sliding", *(f"{a.loss:.4f} / {b.loss:.4f} nats a {run.unit}" for run, a, b in zip(runs, final, sliding))),
+        ("perplexity a word, blocks / sliding", *(f"{a.word_perplexity:.2f} / {b.word_perplexity:.2f}" if w else "not a word model"
+                                                  for a, b, w in zip(final, sliding, words))),
+        ("bits a byte, blocks / sliding", *(f"{a.bits_per_byte:.3f} / {b.bits_per_byte:.3f}" for a, b in zip(final, sliding))),
+        ("training", *(f"{run.last['seconds']:.1f} s, {tokens_per_second(run.history):,.0f} tokens/s" for run in runs)),
+    ]  # fmt: skip
+
+
+def headline_text(runs, scores, models, precision, preset):
+    """What the top of the report says."""
+    machine = describe_machine(precision)
+    notes = [
+        f"Preset {preset.name} on {machine['device']}, {machine['precision']}, PyTorch {machine['PyTorch']}.",
+        stand_in_notice([run.data for run in runs]) or "",
+        *(f"**Partial: {run.title} stopped at step {run.steps:,}.**" for run in runs if run.steps < run.settings.max_iters),
+    ]
+    return markdown_table(*headline_rows(runs, scores, models)) + "\n\n" + " ".join(filter(None, notes))
+
+
+def write_summary(path, runs, scores, models, precision, findings):
+    """The plan's text file: each run's figures on its final split, then what was found."""
+    lines = ["Training summary", *(f"{key}: {value}" for key, value in describe_machine(precision).items()), ""]
+    for run, score, model in zip(runs, scores, models):
+        lines += [
+            run.title,
+            f"  training tokens: {len(run.data.splits['train']):,}",
+            f"  model: {model.get_num_params(non_embedding=False):,} parameters, {run.settings.n_layer} layers, "
+            f"{run.settings.n_head} heads, {run.settings.n_embd} channels",
+            f"  steps: {run.steps:,}, best at {run.best['iter']:,}; training time: {run.last['seconds']:.1f} s",
+            f"  validation estimate: best {run.best['val_loss']:.4f}, last {run.last['val_loss']:.4f} nats a {run.unit}",
+            f"  whole {run.final_split} split: {score.loss:.4f} nats and perplexity {score.perplexity:.2f} a {run.unit}, "
+            f"{score.bits_per_byte:.4f} bits a byte",
+            "",
+        ]
+    text = "\n".join([*lines, "Findings", *(f"- {finding}" for finding in findings), ""])
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 # -------------------------------------------------------------------------------------------------- figures
 
 
@@ -846,3 +1063,51 @@ def plot_losses(axes, history, title, color):
     axes.plot(history["iter"], history["val_loss"], color=color, linestyle="--", marker=".", label=f"{title}, validation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
     axes.legend()
+
+
+def learning_curves(runs):
+    """Both runs' losses side by side, for the top of the report."""
+    figure, panels = plt.subplots(1, len(runs), figsize=(11, 3.4), layout="constrained")
+    for axes, run in zip(panels, runs):
+        plot_losses(axes, run.history, run.title, run.color)
+    return figure
+
+
+def comparison_figure(runs, perplexities):
+    """The report's 2x2 figure. `perplexities`: per run a dict from a split's label to perplexity a token."""
+    figure, ((loss, rate), (speed, bars)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    for run in runs:
+        history = run.history
+        plot_losses(loss, history, run.title, run.color)
+        rate.plot(history["iter"], history["learning_rate"], color=run.color, label=run.title)
+        rows = history_rows(history)[2:] or history_rows(history)[1:]
+        speed.plot([row["iter"] for row in rows], [row["rate"] for row in rows], ".-", color=run.color, label=run.title)
+    rate.set(xlabel="optimizer step", ylabel="learning rate")
+    speed.set(xlabel="optimizer step", ylabel="training speed (tokens/s)", ylim=(0, None))
+    for axes in (rate, speed):
+        axes.legend()
+    plot_bars(bars, runs, perplexities)
+    return figure
+
+
+def plot_bars(axes, runs, perplexities):
+    """Grouped bars of perplexity, on a log axis since the units differ."""
+    for index, (run, values) in enumerate(zip(runs, perplexities)):
+        width = 0.8 / len(values)
+        for place, (label, value) in enumerate(values.items()):
+            x = index - 0.4 + (place + 0.5) * width
+            axes.bar(x, value, 0.9 * width, color=run.color, alpha=1 - 0.3 * place)
+            axes.text(x, value, f"{label}\n{value:.3g}", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(runs)), [f"{run.title}\n(per {run.unit})" for run in runs])
+    axes.set(ylabel="perplexity (log scale)", yscale="log", ylim=(1, 12 * max(map(max, (v.values() for v in perplexities)))))
+
+
+def distribution_figure(datasets, colors):
+    """Token frequency against rank in each training split, on log axes."""
+    figure, panels = plt.subplots(1, len(datasets), figsize=(11, 3.8), layout="constrained")
+    for axes, data, color in zip(panels, datasets, colors):
+        counts = np.sort(np.bincount(data.splits["train"]))[::-1]
+        counts = counts[counts > 0]
+        axes.loglog(np.arange(1, len(counts) + 1), counts, color=color)
+        axes.set(title=data.title, xlabel="rank", ylabel="occurrences in the training split")
+    return figure

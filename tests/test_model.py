@@ -1,0 +1,355 @@
+"""The model: causality, agreement with attention written out, initialisation, names, optimizer groups, generation.
+
+    python -m pytest tests/test_model.py
+"""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig, Sampler
+
+
+def far_apart(a, b):
+    """Largest absolute difference, for failure messages."""
+    return (a.double() - b.double()).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------------ forward pass
+
+
+def test_a_later_token_changes_no_earlier_logit(lively):
+    model = lively()
+    idx = torch.randint(23, (3, 12), generator=torch.Generator().manual_seed(1))
+    before, _ = model(idx, idx)
+    for position in range(12):
+        changed = idx.clone()
+        changed[:, position] = (changed[:, position] + 1) % 23
+        after, _ = model(changed, changed)
+        assert torch.equal(after[:, :position], before[:, :position]), (
+            f"token {position} moved earlier logits by {far_apart(after[:, :position], before[:, :position]):g}"
+        )
+        assert not torch.equal(after[:, position], before[:, position]), f"token {position} does not reach its own logits"
+
+
+def layer_norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + (0 if bias is None else bias)
+
+
+def written_out(model, idx):
+    """Logits of the whole model in float64, from its parameters alone, one head and one position at a time."""
+    config = model.config
+    weights = {name: value.detach().double() for name, value in model.named_parameters(remove_duplicate=False)}
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def norm(x, name):
+        return layer_norm(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def attend(x, name):
+        q, k, v = linear(x, f"{name}.c_attn").split(config.n_embd, dim=-1)
+        width = config.n_embd // config.n_head
+        out = torch.zeros_like(x)
+        for head in range(config.n_head):
+            part = slice(head * width, (head + 1) * width)
+            for t in range(x.size(0)):
+                scores = k[: t + 1, part] @ q[t, part] / math.sqrt(width)
+                out[t, part] = (scores.exp() / scores.exp().sum()) @ v[: t + 1, part]
+        return linear(out, f"{name}.c_proj")
+
+    def widen(x, name):
+        inner = linear(x, f"{name}.c_fc")
+        return linear(inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))), f"{name}.c_proj")
+
+    x = weights["transformer.wte.weight"][idx] + weights["transformer.wpe.weight"][: len(idx)]  # (T, C)
+    for layer in range(config.n_layer):
+        name = f"transformer.h.{layer}"
+        x = x + attend(norm(x, f"{name}.ln_1"), f"{name}.attn")
+        x = x + widen(norm(x, f"{name}.ln_2"), f"{name}.mlp")
+    return norm(x, "transformer.ln_f") @ weights["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_head", [1, 4])
+def test_agrees_with_attention_written_out_in_float64(lively, bias, n_head):
+    model = lively(n_head=n_head, bias=bias)
+    idx = torch.randint(23, (12,), generator=torch.Generator().manual_seed(2))
+    expected = written_out(model, idx)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-10)):
+        logits = model.to(dtype)(idx[None], idx[None])[0][0]
+        assert far_apart(logits, expected) < tolerance, f"{dtype}: {far_apart(logits, expected):g} apart"
+
+
+def test_loss_is_the_mean_over_the_targets_that_are_given(lively):
+    model = lively()
+    idx = torch.arange(12)[None]
+    targets = (idx + 1).clone()
+    targets[0, 5:] = -1
+    logits, loss = model(idx, targets)
+    expected = F.cross_entropy(logits[0, :5], targets[0, :5])
+    assert torch.allclose(loss, expected), f"{loss.item()} is not {expected.item()}"
+
+
+def test_without_targets_gives_the_last_position(lively):
+    model = lively()
+    idx = torch.arange(8)[None]
+    last, loss = model(idx)
+    every, _ = model(idx, idx)
+    assert last.shape == (1, 1, 23) and loss is None
+    assert far_apart(last[:, 0], every[:, -1]) < 1e-5, far_apart(last[:, 0], every[:, -1])
+
+
+@pytest.mark.parametrize("vocab_size", [65, 5000])
+def test_untrained_loss_is_near_uniform(vocab_size):
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(vocab_size, block_size=32, n_layer=3, n_head=4, n_embd=64, dropout=0.0))
+    idx = torch.randint(vocab_size, (8, 33))
+    loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+    assert abs(loss - math.log(vocab_size)) < 0.1, f"{loss:.4f}, ln V is {math.log(vocab_size):.4f}"
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(23, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0))
+    idx = torch.randint(23, (4, 17))
+    optimizer = model.configure_optimizers(0.0, torch.tensor(1e-2), (0.9, 0.99), "cpu")
+    for _ in range(150):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05, f"loss {loss.item():.4f} after 150 steps on one batch"
+
+
+def test_too_long_an_input_names_both_lengths(lively):
+    with pytest.raises(ValueError, match="13.*12"):
+        lively()(torch.zeros(1, 13, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------- parameters and optimizer
+
+
+def nanogpt_shapes(config):
+    """Names and shapes of nanoGPT's parameters."""
+    C, V = config.n_embd, config.vocab_size
+    shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (config.block_size, C)}
+    for layer in range(config.n_layer):
+        block = f"transformer.h.{layer}"
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"{block}.{norm}.weight": (C,), f"{block}.{norm}.bias": (C,)}
+        for linear, rows, columns in (
+            ("attn.c_attn", 3 * C, C),
+            ("attn.c_proj", C, C),
+            ("mlp.c_fc", 4 * C, C),
+            ("mlp.c_proj", C, 4 * C),
+        ):
+            shapes |= {f"{block}.{linear}.weight": (rows, columns), f"{block}.{linear}.bias": (rows,)}
+    shapes |= {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,), "lm_head.weight": (V, C)}
+    return shapes if config.bias else {name: shape for name, shape in shapes.items() if not name.endswith(".bias")}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_names_and_shapes_are_nanogpts(lively, bias):
+    model = lively(bias=bias)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = nanogpt_shapes(model.config)
+    assert shapes == expected, f"differ in {sorted(set(shapes.items()) ^ set(expected.items()))}"
+
+
+def test_state_goes_both_ways(lively):
+    model, other = lively(seed=0), lively(seed=1)
+    idx = torch.arange(12)[None]
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(model(idx)[0], other(idx)[0])
+
+
+def test_output_layer_is_tied_to_the_embedding(lively):
+    model = lively()
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    model.load_state_dict(lively(seed=1).state_dict())
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr(), "loading parted them"
+
+
+def test_parameter_count_of_the_full_model():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    counts = model.get_num_params(), model.get_num_params(non_embedding=False)
+    assert counts == (29_946_240, 30_044_544), counts
+
+
+def test_initial_spread_of_the_weights():
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(500, block_size=64, n_layer=8, n_head=2, n_embd=64))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0, f"{name} does not start at 0"
+        elif "ln_" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), f"{name} does not start at 1"
+        else:
+            expected = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert abs(parameter.std() / expected - 1) < 0.05, f"{name}: std {parameter.std():.5f}, not {expected:.5f}"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_matrices_decay_and_each_parameter_is_stepped_once(lively, bias):
+    model = lively(bias=bias)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    listed = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert listed == len(decays) == len(list(model.parameters())), f"{listed} listed, {len(decays)} different"
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0), f"{name} decays by {decays[id(parameter)]}"
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"n_embd": 10, "n_head": 4}, "10.*4"),
+        *(({field: 0}, f"{field} is 0") for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")),
+        ({"n_layer": -2}, "n_layer is -2"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": math.nan}, "dropout is nan"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_refused_by_name(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        GPTConfig(**wrong)
+
+
+# -------------------------------------------------------------------------------------------------- generation
+
+
+def naive_greedy(model, idx, new_tokens):
+    """Greedy continuation, a whole forward pass over the cropped context for each token."""
+    for _ in range(new_tokens):
+        logits, _ = model(idx[:, -model.config.block_size :])
+        idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("prompt", range(1, 16))
+def test_generation_equals_a_naive_loop(lively, prompt, use_cache):
+    model = lively()  # block 12
+    idx = torch.randint(23, (3, prompt), generator=torch.Generator().manual_seed(prompt))
+    for new_tokens in (0, 1, 5, 20):
+        made = model.generate(idx, new_tokens, temperature=0, use_cache=use_cache)
+        expected = naive_greedy(model, idx, new_tokens)
+        assert torch.equal(made, expected), f"{new_tokens} new tokens: {made.tolist()} is not {expected.tolist()}"
+        assert new_tokens < 20 or len(set(made.flatten().tolist())) > 5, "too dull a text to tell anything"
+
+
+def test_cached_sampling_equals_uncached(lively):
+    model = lively(scale=0.2)
+    idx = torch.tensor([[1, 2, 3]])
+    texts = [
+        model.generate(idx, 30, 0.8, 5, torch.Generator().manual_seed(6), use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*texts), f"{texts[0].tolist()} is not {texts[1].tolist()}"
+
+
+def test_generator_seed_decides_the_text(lively):
+    model = lively(scale=0.2)
+    idx = torch.tensor([[1, 2, 3]])
+    first, again, other = (
+        model.generate(idx, 40, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (7, 7, 8)
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_restored_and_dropout_is_off(lively, training):
+    model = lively(dropout=0.5)
+    idx = torch.tensor([[1, 2, 3]])
+    expected = naive_greedy(model, idx, 20)
+    model.train(training)
+    made = model.generate(idx, 20, temperature=0)
+    assert torch.equal(made, expected), "dropout acted while generating"
+    assert all(module.training == training for module in model.modules())
+    with pytest.raises(ValueError):
+        model.generate(idx, 5, temperature=-1)
+    assert model.training == training
+
+
+def test_top_k_keeps_the_k_most_likely(lively):
+    model = lively()
+    idx = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model.generate(idx, 20, top_k=1), model.generate(idx, 20, temperature=0))
+    beyond, every = (
+        model.generate(idx, 20, top_k=k, generator=torch.Generator().manual_seed(9)) for k in (1000, None)
+    )
+    assert torch.equal(beyond, every), "k beyond the vocabulary is not all of it"
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.0, 4), (1.5, 40)])
+def test_sampled_frequencies_are_the_softmax_probabilities(temperature, top_k):
+    logits = torch.linspace(-1.5, 1.5, 9)
+    kept = logits.clone()
+    kept[: -top_k if top_k else 0] = -math.inf
+    expected = (kept / temperature).softmax(-1) * 20_000
+    sample = Sampler(temperature, top_k, torch.Generator().manual_seed(10))
+    counts = sample(logits.expand(20_000, 1, 9)).flatten().bincount(minlength=9)
+    assert counts[expected == 0].sum() == 0, f"sampled what top_k leaves out: {counts.tolist()}"
+    possible = expected > 0
+    chi_square = ((counts - expected)[possible].square() / expected[possible]).sum().item()
+    freedom = possible.sum().item() - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom), (
+        f"chi-square {chi_square:.1f} at {freedom} degrees: {counts.tolist()} for {expected.tolist()}"
+    )
+
+
+@pytest.mark.parametrize(
+    "idx, wrong, named",
+    [
+        (torch.zeros(1, 0, dtype=torch.long), {}, "at least one token"),
+        (torch.tensor([1, 2]), {}, r"shape \(2,\)"),
+        (torch.tensor([[1, 23]]), {}, "id 23.*vocabulary of 23"),
+        (torch.tensor([[-1, 2]]), {}, "id -1"),
+        (torch.tensor([[1]]), {"temperature": -0.5}, "temperature -0.5"),
+        (torch.tensor([[1]]), {"temperature": math.nan}, "temperature nan"),
+        (torch.tensor([[1]]), {"top_k": 0}, "top_k 0"),
+        (torch.tensor([[1]]), {"top_k": -3}, "top_k -3"),
+        (torch.tensor([[1]]), {"max_new_tokens": -1}, "max_new_tokens -1"),
+    ],
+)
+def test_senseless_requests_are_refused_by_name(lively, idx, wrong, named):
+    with pytest.raises(ValueError, match=named):
+        lively().generate(idx, **{"max_new_tokens": 3, **wrong})
+
+
+# -------------------------------------------------------------------------------------------------------- CUDA
+
+
+@pytest.mark.parametrize("prompt", [1, 12, 14])
+def test_cuda_generation_equals_a_naive_loop(lively, cuda, prompt):
+    model = lively().to(cuda)
+    idx = torch.randint(23, (3, prompt), generator=torch.Generator().manual_seed(prompt)).to(cuda)
+    expected = naive_greedy(model, idx, 60)  # past the block, and long enough to be captured as graphs
+    for use_cache in (True, False):
+        made = model.generate(idx, 60, temperature=0, use_cache=use_cache)
+        assert torch.equal(made, expected), f"cache {use_cache}: {made.tolist()} is not {expected.tolist()}"
+
+
+def test_cuda_generator_seed_decides_the_text(lively, cuda):
+    model = lively(block_size=64, scale=0.2).to(cuda)
+    idx = torch.tensor([[1, 2, 3]], device=cuda)
+    first, again, other = (
+        model.generate(idx, 100, generator=torch.Generator(cuda).manual_seed(seed)).tolist() for seed in (7, 7, 8)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_cuda_logits_equal_the_cpus(lively, cuda):
+    model = lively(vocab_size=65)  # not a multiple of 64: the output layer is padded there
+    idx = torch.arange(12)[None]
+    expected = model(idx, idx)[0].detach()
+    logits = model.to(cuda)(idx.to(cuda), idx.to(cuda))[0].detach().cpu()
+    assert logits.shape == expected.shape and far_apart(logits, expected) < 1e-3, far_apart(logits, expected)
