@@ -60,11 +60,15 @@ class Settings:
     def __post_init__(self):
         at_least_one = ("batch_size", "block_size", "max_iters", "gradient_accumulation_steps", "eval_interval")
         for field in (*at_least_one, "eval_iters", "n_layer", "n_head", "n_embd"):
-            _require(getattr(self, field) >= 1, field, self, "a whole number of at least 1")
+            value = getattr(self, field)
+            _require(isinstance(value, int) and value >= 1, field, self, "a whole number of at least 1")
         for field in ("learning_rate", "min_lr"):
             _require(0 < getattr(self, field) < math.inf, field, self, "a number above 0")
-        for field in ("weight_decay", "grad_clip", "warmup_iters", "seed"):
+        for field in ("weight_decay", "grad_clip"):
             _require(0 <= getattr(self, field) < math.inf, field, self, "a number of at least 0")
+        for field in ("warmup_iters", "seed"):
+            value = getattr(self, field)
+            _require(isinstance(value, int) and 0 <= value < 2**32, field, self, "a whole number from 0 to 2**32 - 1")
         for field in ("beta1", "beta2", "dropout"):
             _require(0 <= getattr(self, field) < 1, field, self, "a number of at least 0 and below 1")
         _require(self.min_lr <= self.learning_rate, "min_lr", self, f"at most learning_rate {self.learning_rate}")
@@ -92,7 +96,7 @@ class Preset:
     wikitext2: Settings
     shakespeare: Settings
     needs_real_data: bool  # False: the stand-in will do where the real texts cannot be had
-    score_train: bool  # score the whole training split too
+    score_everything: bool  # False: without the training split and validation by sliding windows, minutes on a CPU
     new_tokens: int = 150  # generated tokens a sample
     temperature: float = 0.8
     top_k: int = 40
@@ -212,10 +216,10 @@ def get_lr(step, settings):
 
 def summed_nats(model, x, targets):
     """Total cross-entropy, in nats, of hidden states (N, C) against targets (N,), in float64."""
-    rows = 8192 if x.is_cuda else 64  # few enough that a CPU keeps a chunk's logits in its cache
+    rows = 8192  # what a card of a few GB holds logits for
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for states, wanted in zip(x.split(rows), targets.split(rows)):
-        total += F.cross_entropy(model.head(states).float(), wanted, reduction="sum")
+    for states, wanted in zip(x.split(rows), targets.split(rows), strict=True):
+        total += model.summed_nats(states, wanted)
     return total
 
 
@@ -284,7 +288,9 @@ def score_split(model, data, split, stride=None):
     device = next(model.parameters()).device
     tokens = tokens_on(device, data.splits[split]).long()
     inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])  # inputs[i] precedes tokens[i]
-    stride = stride or block
+    stride = block if stride is None else stride
+    if not 1 <= stride <= block:
+        raise ValueError(f"stride is {stride}: give a number of tokens from 1 to the block's {block}.")
     firsts = torch.arange(0, len(tokens), stride, device=device)  # first target of each window
     total = torch.zeros((), dtype=torch.float64, device=device)
     with evaluation_mode(model):
@@ -365,7 +371,8 @@ def load_checkpoint(path):
     """Reads a checkpoint's plain values onto the CPU; never unpickles code. Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not check the sums that its files carry
-            if archive.testzip():
+            stored = all(i.compress_type == 0 and i.compress_size == i.file_size for i in archive.infolist())
+            if not stored or archive.testzip():
                 raise zipfile.BadZipFile("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -437,7 +444,7 @@ class Trainer:
         self.starts = torch.zeros(shape, dtype=torch.int64, device=device)
         self.rates, self.losses, self.norms = (torch.zeros(rows, device=device) for _ in range(3))
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.forward = compiled_forward(model) if settings.compile and device.type == "cuda" else model
+        self.blocks = compiled_blocks(model, precision) if settings.compile and device.type == "cuda" else None
         self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda")
 
     def fill_tables(self, first, last):
@@ -456,7 +463,7 @@ class Trainer:
         for index in range(passes):
             x, y = get_batch(self.tokens["train"], starts[index], self.settings.block_size)
             with self.precision.autocast():
-                loss = self.forward(x, y)[1] / passes
+                loss = self.model.loss(x, y, self.blocks) / passes
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -511,22 +518,23 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.precision.device)
 
 
-def compiled_forward(model):
-    """The model's forward pass through torch.compile; eager, with one printed line, where that fails."""
-    compiled = torch.compile(model)
+def compiled_blocks(model, precision):
+    """The model's blocks through torch.compile, or None, with one printed line, where that fails.
 
-    def forward(x, y):
-        nonlocal compiled
-        try:
-            return compiled(x, y)
-        except Exception as error:  # compilers fail in many ways, all at the first call
-            if compiled is model:
-                raise
-            print(f"Training runs uncompiled, a little slower: {type(error).__name__} from torch.compile.")
-            compiled = model
-            return model(x, y)
-
-    return forward
+    Block by block, since they are alike and compile once: the whole model takes three times as long to
+    compile and is little faster.
+    """
+    blocks = [torch.compile(block) for block in model.transformer.h]
+    try:  # compilers fail in many ways, all at the first call
+        with precision.autocast():
+            x = torch.zeros(1, model.config.block_size, model.config.n_embd, device=precision.device, requires_grad=True)
+            blocks[0](x, None).sum().backward()
+        return blocks
+    except Exception as error:
+        print(f"Training runs uncompiled, a little slower: {type(error).__name__} from torch.compile.")
+        return None
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def clip_gradients(parameters, largest):
@@ -625,9 +633,20 @@ def check_finite(history, taken, first, trainer):
             scale = f", scale {trainer.scaler.get_scale():g}" if scaled else ""
             raise TrainingError(
                 f"Step {step} gave loss {loss} and gradient norm {norm} at learning rate "
-                f"{get_lr(step, trainer.settings):.2e}{scale}: lower learning_rate or raise warmup_iters; the last "
-                f"good checkpoint is kept."
+                f"{get_lr(step, trainer.settings):.2e}{scale}: lower learning_rate or raise warmup_iters; the best "
+                f"checkpoint so far is kept."
             )
+
+
+def check_evaluated(history, trainer):
+    """Stops a run whose weights give no finite loss, before they are saved over good ones."""
+    step, losses = history["iter"][-1], (history["train_loss"][-1], history["val_loss"][-1])
+    if not all(map(math.isfinite, losses)):
+        raise TrainingError(
+            f"After step {step} the estimates are {losses[0]} and {losses[1]} at learning rate "
+            f"{get_lr(max(step - 1, 0), trainer.settings):.2e}: lower learning_rate or raise warmup_iters; the best "
+            f"checkpoint so far is kept."
+        )
 
 
 def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, view=None, save_seconds=30.0):
@@ -645,14 +664,17 @@ def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, 
     if model.config != settings.model_config(data.vocab_size):
         raise ValueError("The model does not have the shape of these settings and this data: make it with make_model.")
     model.to(precision.device).train()
+    if precision.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(precision.device)
     trainer = Trainer(model, data, settings, precision)
     store = RunStore(Path(out_dir), settings, data, save_seconds)
     history, step, seconds = store.resume(trainer, fresh)
     view = view or SilentView()
-    with stop_requests() as stopping:
+    with stop_requests() as stopping, store.keeping_best():
         while True:
             if step not in history["iter"] and (step % settings.eval_interval == 0 or step == settings.max_iters):
                 record(history, trainer, step, seconds)
+                check_evaluated(history, trainer)
                 store.keep(trainer, history, step, seconds)
                 view.evaluated(history)
             if step == settings.max_iters or stopping():
@@ -681,6 +703,7 @@ class RunStore:
     def resume(self, trainer, fresh):
         """Puts a saved state into the trainer, or the seed into a new run; returns history, step and seconds."""
         if fresh or not self.last_path.exists():
+            trainer.model.load_state_dict(make_model(self.settings, self.data).state_dict())
             torch.manual_seed(self.settings.seed)
             return new_history(), 0, 0.0
         checkpoint = load_checkpoint(self.last_path)
@@ -714,6 +737,16 @@ class RunStore:
             save_checkpoint(self.best_path, self.unsaved_best)
         save_checkpoint(self.last_path, self.checkpoint(trainer, history, step, seconds))
         self.unsaved_best, self.saved_step, self.saved_at = None, step, time.monotonic()
+
+    @contextlib.contextmanager
+    def keeping_best(self):
+        """Writes the best state so far, if training breaks off before it is on the disk."""
+        try:
+            yield
+        except TrainingError:
+            if self.unsaved_best is not None:
+                save_checkpoint(self.best_path, self.unsaved_best)
+            raise
 
     def finish(self, trainer, history, step, seconds):
         if step != self.saved_step:
@@ -883,6 +916,19 @@ class Run:
         return "test" if "test" in self.data.splits else "val"
 
     @property
+    def paces(self):
+        """Validation gain in nats per 1000 steps with the rate above half its peak, and below it.
+
+        The first sixth of the run, where everything falls fast, is left out.
+        """
+        rows = [row for row in history_rows(self.history) if row["iter"] >= self.steps / 6]
+        high = [row for row in rows if row["learning_rate"] > self.settings.learning_rate / 2] or rows[:1]
+        return tuple(
+            1000 * (part[0]["val_loss"] - part[-1]["val_loss"]) / max(1, part[-1]["iter"] - part[0]["iter"])
+            for part in (high, rows[len(high) - 1 :])
+        )
+
+    @property
     def gap(self):
         """Validation minus training estimate at the end, nats a token."""
         return self.last["val_loss"] - self.last["train_loss"]
@@ -893,27 +939,44 @@ class Run:
         return load_model(Path(self.folder) / name, device, self.data.vocab_size)
 
 
-def score_run(run, device, splits):
+class Stopwatch:
+    """What took how long: `lap` names the time since the lap before."""
+
+    def __init__(self):
+        self.laps, self.began = [], time.perf_counter()
+
+    def lap(self, name):
+        self.laps.append((name, time.perf_counter() - self.began - sum(seconds for _, seconds in self.laps)))
+
+    def rows(self):
+        return [(name, f"{seconds:.1f}") for name, seconds in self.laps]
+
+    def total(self):
+        return sum(seconds for _, seconds in self.laps)
+
+
+def score_run(run, device, splits, sliding):
     """Exact scores of both checkpoints: a dict from (checkpoint, split, method) to Score.
 
-    Methods: `blocks` and, except for the training split, `sliding`, whose windows move on by a quarter block.
+    All `splits` that the data set has are scored in blocks, those in `sliding` also by windows that move on by
+    a quarter block.
     """
     scores, stride = {}, max(1, run.settings.block_size // 4)
-    for which in ("best", "last"):
-        model = run.load(which, device)
-        for split in (split for split in splits if split in run.data.splits):
-            scores[which, split, "blocks"] = score_split(model, run.data, split)
-            if split != "train":
-                scores[which, split, "sliding"] = score_split(model, run.data, split, stride)
-    return scores
+    for split in (split for split in splits if split in run.data.splits):
+        for method in ("blocks", "sliding") if split in sliding else ("blocks",):
+            scores["best", split, method] = score_split(run.load("best", device), run.data, split, stride if method == "sliding" else None)
+    if run.best["iter"] == run.steps:  # both checkpoints hold the same weights
+        return scores | {("last", *key[1:]): score for key, score in scores.items()}
+    last = run.load("last", device)
+    return scores | {("last", split, "blocks"): score_split(last, run.data, split) for _, split, m in scores if m == "blocks"}
 
 
-def complete(model, data, prompt, preset, precision, seed=1337):
-    """The prompt and its continuation by the model, as text."""
+def complete(model, data, prompt, preset, precision, new_tokens=None, seed=1337):
+    """The prompt and its continuation by the model, as text; computed in weights of the run's type."""
     ids = torch.tensor([data.tokenizer.encode(prompt)], dtype=torch.long, device=precision.device)
     generator = torch.Generator(precision.device).manual_seed(seed)
-    with precision.autocast():
-        ids = model.generate(ids, preset.new_tokens, preset.temperature, preset.top_k, generator)
+    model = copy.deepcopy(model).to(precision.device, precision.dtype)
+    ids = model.generate(ids, new_tokens or preset.new_tokens, preset.temperature, preset.top_k, generator)
     return data.tokenizer.decode(ids[0].tolist())
 
 
@@ -924,11 +987,11 @@ def share_of_known_words(texts, data):
     return sum(word in known for word in words) / max(1, len(words))
 
 
-def loss_by_position(model, data, split="val"):
-    """Mean loss in nats of the four quarters of a block, over the whole non-overlapping blocks of a split."""
+def loss_by_position(model, data, split="val", blocks=400):
+    """Mean loss in nats of the four quarters of a block, over so many blocks, evenly spread over a split."""
     block, device = model.config.block_size, next(model.parameters()).device
     tokens = tokens_on(device, data.splits[split])
-    starts = torch.arange(0, len(tokens) - block, block, device=device)
+    starts = torch.linspace(0, len(tokens) - block - 1, blocks, device=device).long()
     totals = [0.0] * 4
     with evaluation_mode(model):
         for part in starts.split(max(1, 32768 // block)):

@@ -4,12 +4,19 @@ Parameter names and shapes are those of nanoGPT, so that checkpoints load both w
 Shapes in comments: B sequences, T positions, C channels, H heads, D channels a head, V vocabulary, S cache slots.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+try:  # comes with PyTorch's CUDA builds on Linux
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, positions=None):
+    def forward(self, x, past=None):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
-        if cache is None:
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        if past is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            keys, values = cache  # (B, H, S, D) each, filled up to the last position
-            keys.index_copy_(2, positions, k.to(keys.dtype))
-            values.index_copy_(2, positions, v.to(values.dtype))
-            visible = torch.arange(keys.size(2), device=x.device) <= positions[:, None]  # (T, S)
-            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=visible)
+            cache, positions, mask = past  # (B, S, 2, H, D), (T,), (T, S)
+            cache.index_copy_(1, positions, qkv[:, :, 1:])
+            k, v = cache.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
+            y = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -86,8 +93,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None):
-        x = x + self.attn(self.ln_1(x), cache, positions)
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -142,7 +149,7 @@ class GPT(nn.Module):
         capturable = device_type == "cuda"
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True, capturable=capturable)
 
-    def hidden(self, idx, cache=None, positions=None):
+    def hidden(self, idx, cache=None, positions=None, blocks=None):
         """Token ids (B, T) to the normalised residual stream (B, T, C).
 
         With a `cache` from `new_cache`, `positions` (T,) says where in the sequence the tokens stand.
@@ -154,18 +161,53 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[layer], positions)
+        past = None
+        if cache is not None:
+            unseen = torch.arange(self.config.block_size, device=idx.device) > positions[:, None]
+            mask = torch.zeros(unseen.shape, dtype=cache[0].dtype, device=idx.device).masked_fill(unseen, -math.inf)
+        for layer, block in enumerate(blocks or self.transformer.h):
+            if cache is not None:
+                past = cache[layer], positions, mask
+            x = block(x, past)
         return self.transformer.ln_f(x)
 
-    def head(self, x):
-        """Residual stream (..., C) to logits (..., V)."""
+    def output_weight(self):
+        """The output layer's matrix as the forward pass multiplies with it.
+
+        On CUDA in autocast's type and with zero rows up to a multiple of 64, since aligned tensor-core kernels
+        are faster; the parameter itself keeps its V rows.
+        """
+        weight = self.lm_head.weight
+        if not weight.is_cuda:
+            return weight
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+        return F.pad(weight.to(dtype), (0, 0, 0, -self.config.vocab_size % 64))
+
+    def head(self, x, weight=None):
+        """Residual stream (..., C) to logits (..., V); `weight` may hold `output_weight()` from before."""
+        return F.linear(x, self.output_weight() if weight is None else weight)[..., : self.config.vocab_size]
+
+    def loss(self, idx, targets, blocks=None):
+        """Mean loss in nats a token, as `forward` gives it, without keeping logits that nobody reads.
+
+        `blocks` stand in for `transformer.h`: the same blocks, compiled.
+        """
+        x = self.hidden(idx, blocks=blocks).flatten(0, 1)
+        if x.is_cuda and fused_loss_obstacle() is None:
+            weight = self.output_weight()
+            return FusedCrossEntropy.apply(F.linear(x, weight), targets.flatten(), self.config.vocab_size)
         if not x.is_cuda:
-            return self.lm_head(x)
-        # a matrix whose rows number a multiple of 64 runs on the aligned tensor-core kernels; the parameter keeps V
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        weight = F.pad(self.lm_head.weight.to(dtype), (0, 0, 0, -self.config.vocab_size % 64))
-        return F.linear(x, weight)[..., : self.config.vocab_size]
+            return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets.flatten())
+        return F.cross_entropy(self.head(x).float(), targets.flatten())
+
+    def summed_nats(self, x, targets):
+        """Total cross-entropy in nats of residual streams (N, C) against targets (N,), for evaluation."""
+        if x.is_cuda and fused_loss_obstacle() is None:
+            return row_losses(F.linear(x, self.output_weight()), targets, self.config.vocab_size)[0].sum(dtype=torch.float64)
+        if not x.is_cuda:
+            chunks = logit_chunks(x, self.lm_head.weight, targets)
+            return sum(F.cross_entropy(z, wanted, reduction="sum").double() for z, wanted, _ in chunks)
+        return F.cross_entropy(self.head(x).float(), targets, reduction="sum")
 
     def forward(self, idx, targets=None):
         """Token ids (B, T) and, if given, the next ids (B, T), -1 where none is to be predicted.
@@ -180,13 +222,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def new_cache(self, batch_size):
-        """Room for the keys and values of one block: per layer a pair of tensors (B, H, block_size, D)."""
+        """Room for the keys and values of one block: a tensor (B, block_size, 2, H, D) a layer."""
         config, weight = self.config, self.lm_head.weight
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        return [
-            tuple(torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2)) for _ in range(config.n_layer)
-        ]
+        shape = (batch_size, config.block_size, 2, config.n_head, config.n_embd // config.n_head)
+        return [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.n_layer)]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True):
@@ -214,7 +254,7 @@ class GPT(nn.Module):
                 f"The prompt holds token id {idx.max() if idx.min() >= 0 else idx.min()}, beyond the model's "
                 f"vocabulary of {self.config.vocab_size}: encode it with the tokenizer of the model's data set."
             )
-        if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        if max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(
                 f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}: give counts of at "
                 f"least 0, a temperature of at least 0 and a top_k of at least 1 or None."
@@ -225,21 +265,22 @@ class GPT(nn.Module):
         tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + new), filled from the left
         last = torch.tensor([prompt - 1], device=idx.device)  # index of the newest token, on the device
         window = torch.arange(1 - block, 1, device=idx.device)
+        weight = self.output_weight()
 
         def append(logits):
             tokens.index_copy_(1, last + 1, sample(logits))
             last.add_(1)
 
         def from_cache():
-            append(self.head(self.hidden(tokens.index_select(1, last), cache, last)))
+            append(self.head(self.hidden(tokens.index_select(1, last), cache, last), weight))
 
         def from_window():
-            append(self(tokens.index_select(1, last + window))[0])
+            append(self.head(self.hidden(tokens.index_select(1, last + window))[:, -1:], weight))
 
         cached = min(max_new_tokens, block - prompt + 1) if use_cache else 0
         if cached > 0:
             cache = self.new_cache(idx.size(0))
-            append(self.head(self.hidden(idx, cache, torch.arange(prompt, device=idx.device))[:, -1:]))
+            append(self.head(self.hidden(idx, cache, torch.arange(prompt, device=idx.device))[:, -1:], weight))
             replay(from_cache, cached - 1, idx.device, sample.generator)
         known, wanted = prompt + max(cached, 0), prompt + max_new_tokens
         for length in range(known, min(block, wanted)):  # without a cache each length up to the block comes once
@@ -260,13 +301,15 @@ class Sampler:
         logits = logits[:, -1].float()
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
-        logits = logits / self.temperature
-        if self.top_k is not None:
-            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -math.inf)
+        if self.top_k is None or self.top_k >= logits.size(-1):
+            return self.draw(logits)
+        logits, ids = logits.topk(self.top_k)
+        return ids.gather(-1, self.draw(logits))
+
+    def draw(self, logits):
         # the largest p / e with e ~ Exp(1) is a draw from p; torch.multinomial would make the host wait
         waits = torch.empty_like(logits).exponential_(generator=self.generator)
-        return (logits.softmax(-1) / waits).argmax(-1, keepdim=True)
+        return ((logits / self.temperature).softmax(-1) / waits).argmax(-1, keepdim=True)
 
 
 class GraphedStep:
@@ -312,3 +355,121 @@ def replay(step, times, device, generator=None):
     graphed = GraphedStep(step, enabled=device.type == "cuda" and times > 8, generator=generator)
     for _ in range(times):
         graphed()
+
+
+
+# Cross-entropy over a large vocabulary is bound by memory: PyTorch's own writes the logits and copies of them in
+# float32. On a CPU the two classes of it below stay in the cache; on CUDA they read each row once for the loss, and
+# once more to overwrite it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
+
+
+def logit_chunks(x, weight, targets):
+    """A few rows at a time, in one buffer: logits of x (N, C) by weight (V, C), targets (N,), and the rows' slice."""
+    rows = max(64, 2**22 // len(weight))
+    logits = x.new_empty(min(rows, len(x)), len(weight))
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        yield torch.mm(x[part], weight.t(), out=logits[: len(x[part])]), targets[part], part
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean loss of `x @ weight.T` against targets, x (N, C), weight (V, C), targets (N,), a few rows at a time.
+
+    The gradients are made in the forward pass, while a chunk's logits are in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(weight)
+        total = x.new_zeros(())
+        for z, wanted, part in logit_chunks(x, weight, targets):
+            place = torch.arange(len(z), device=x.device), wanted
+            total += (torch.logsumexp(z, dim=1) - z[place]).sum()
+            torch.softmax(z, dim=1, out=z)
+            z[place] -= 1.0
+            torch.mm(z, weight, out=x_gradient[part])
+            weight_gradient.addmm_(z.t(), x[part])
+        ctx.save_for_backward(x_gradient, weight_gradient)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x_gradient, weight_gradient = ctx.saved_tensors
+        scale = gradient / len(x_gradient)
+        return x_gradient * scale, weight_gradient * scale, None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _row_loss(logits, stride, targets, losses, normalisers, columns, BLOCK: tl.constexpr):
+        """One program a row: the logarithm of the sum of exponentials in one pass, then the loss."""
+        row = tl.program_id(0).to(tl.int64)
+        largest = tl.full([BLOCK], -1e30, tl.float32)  # running maximum and sum, one of each a lane
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+            e = tl.exp(-tl.abs(z - largest))
+            total = tl.where(z > largest, total * e + 1, total + e)
+            largest = tl.maximum(largest, z)
+        top = tl.max(largest, 0)
+        normaliser = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+        target = tl.load(targets + row)
+        tl.store(normalisers + row, normaliser)
+        tl.store(losses + row, normaliser - tl.load(logits + row * stride + target).to(tl.float32))
+
+    @triton.jit
+    def _row_gradient(logits, stride, targets, normalisers, scale, columns, padded, BLOCK: tl.constexpr):
+        """Overwrites logits by scale * (softmax - one-hot target), and what pads the row by zero."""
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        place = logits + row * stride + column
+        z = tl.load(place, mask=column < columns, other=-float("inf")).to(tl.float32)
+        gradient = tl.exp(z - tl.load(normalisers + row)) - tl.where(column == tl.load(targets + row), 1.0, 0.0)
+        tl.store(place, (tl.load(scale) * gradient).to(logits.dtype.element_ty), mask=column < padded)
+
+
+def row_losses(logits, targets, columns):
+    """Losses (N,) of logits (N, V or more) over their first `columns`, and each row's log-sum-exp (N,)."""
+    losses, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    _row_loss[(len(logits),)](
+        logits, logits.stride(0), targets, losses, normalisers, columns, BLOCK=4096, num_warps=8
+    )
+    return losses, normalisers
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Mean loss of logits (N, V or more) against targets (N,); backward once, since it overwrites the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, columns):
+        losses, normalisers = row_losses(logits, targets, columns)
+        ctx.save_for_backward(logits, targets, normalisers)
+        ctx.columns = columns
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, targets, normalisers = ctx.saved_tensors
+        rows, padded = logits.shape
+        grid = (rows, triton.cdiv(padded, 4096))
+        scale = (gradient / rows).float()
+        _row_gradient[grid](
+            logits, logits.stride(0), targets, normalisers, scale, ctx.columns, padded, BLOCK=4096, num_warps=8
+        )
+        return logits, None, None
+
+
+@functools.cache
+def fused_loss_obstacle():
+    """Why the fused loss cannot run on this machine's card; None if it can."""
+    if triton is None:
+        return "Triton is not installed"
+    try:  # compiles both kernels, which needs a C compiler and a card of capability 7.0 or later
+        logits = torch.zeros(2, 64, device="cuda", requires_grad=True)
+        FusedCrossEntropy.apply(logits.clone(), torch.zeros(2, dtype=torch.int64, device="cuda"), 60).backward()
+        torch.cuda.synchronize()
+    except Exception as error:  # compilers fail in many ways
+        return f"{type(error).__name__} from Triton"
+    return None

@@ -1,6 +1,6 @@
 """The model: causality, agreement with attention written out, initialisation, names, optimizer groups, generation.
 
-    python -m pytest tests/test_model.py
+python -m pytest tests/test_model.py
 """
 
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, Sampler
+from model import GPT, ChunkedCrossEntropy, FusedCrossEntropy, GPTConfig, Sampler, fused_loss_obstacle
 
 
 def far_apart(a, b):
@@ -31,7 +31,9 @@ def test_a_later_token_changes_no_earlier_logit(lively):
         assert torch.equal(after[:, :position], before[:, :position]), (
             f"token {position} moved earlier logits by {far_apart(after[:, :position], before[:, :position]):g}"
         )
-        assert not torch.equal(after[:, position], before[:, position]), f"token {position} does not reach its own logits"
+        assert not torch.equal(after[:, position], before[:, position]), (
+            f"token {position} does not reach its own logits"
+        )
 
 
 def layer_norm(x, weight, bias):
@@ -202,7 +204,9 @@ def test_only_matrices_decay_and_each_parameter_is_stepped_once(lively, bias):
     listed = sum(len(group["params"]) for group in optimizer.param_groups)
     assert listed == len(decays) == len(list(model.parameters())), f"{listed} listed, {len(decays)} different"
     for name, parameter in model.named_parameters():
-        assert decays[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0), f"{name} decays by {decays[id(parameter)]}"
+        assert decays[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0), (
+            f"{name} decays by {decays[id(parameter)]}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -282,9 +286,7 @@ def test_top_k_keeps_the_k_most_likely(lively):
     model = lively()
     idx = torch.tensor([[1, 2, 3]])
     assert torch.equal(model.generate(idx, 20, top_k=1), model.generate(idx, 20, temperature=0))
-    beyond, every = (
-        model.generate(idx, 20, top_k=k, generator=torch.Generator().manual_seed(9)) for k in (1000, None)
-    )
+    beyond, every = (model.generate(idx, 20, top_k=k, generator=torch.Generator().manual_seed(9)) for k in (1000, None))
     assert torch.equal(beyond, every), "k beyond the vocabulary is not all of it"
 
 
@@ -353,3 +355,44 @@ def test_cuda_logits_equal_the_cpus(lively, cuda):
     expected = model(idx, idx)[0].detach()
     logits = model.to(cuda)(idx.to(cuda), idx.to(cuda))[0].detach().cpu()
     assert logits.shape == expected.shape and far_apart(logits, expected) < 1e-3, far_apart(logits, expected)
+
+
+# ------------------------------------------------------------------------------------------- losses in pieces
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(11, 5), (70_000, 130)])
+def test_chunked_loss_and_gradients_equal_pytorch_s(vocab_size, rows):
+    torch.manual_seed(3)
+    x, weight = torch.randn(rows, 6, requires_grad=True), torch.randn(vocab_size, 6, requires_grad=True)
+    targets = torch.randint(vocab_size, (rows,))
+    results = []
+    for loss in (lambda: F.cross_entropy(F.linear(x, weight), targets), lambda: ChunkedCrossEntropy.apply(x, weight, targets)):
+        x.grad = weight.grad = None
+        value = loss()
+        (3 * value).backward()
+        results.append((value.detach(), x.grad, weight.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cuda_fused_loss_and_gradients_equal_pytorch_s(dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("the fused loss runs on CUDA only")
+    if fused_loss_obstacle():
+        pytest.skip(f"the fused loss cannot run: {fused_loss_obstacle()}")
+    torch.manual_seed(3)
+    columns, padded, rows = 5003, 5056, 37
+    logits = (4 * torch.randn(rows, padded, device="cuda")).to(getattr(torch, dtype))
+    targets = torch.randint(columns, (rows,), device="cuda")
+    plain = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(plain[:, :columns], targets)
+    (2 * expected).backward()
+    fused = logits.clone().requires_grad_()
+    found = FusedCrossEntropy.apply(fused.clone(), targets, columns)
+    (2 * found).backward()
+    tolerance = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}[dtype]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5), "loss"
+    error = (fused.grad.double() - plain.grad).norm() / plain.grad.norm()
+    assert error < tolerance, f"gradient off by {error:.1e} of its norm in {dtype}"
+    assert fused.grad[:, columns:].abs().max() == 0, "padding has a gradient"
