@@ -23,7 +23,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, GraphedStep

@@ -196,10 +196,11 @@ class GPT(nn.Module):
         if x.is_cuda and fused_loss_obstacle() is None:
             weight = self.output_weight()
             return FusedCrossEntropy.apply(F.linear(x, weight), targets.flatten(), self.config.vocab_size)
-        if not x.is_cuda:
+        if not x.is_cuda and self.config.vocab_size > 4096:  # fewer columns fit in the cache as they are
             return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets.flatten())
         return F.cross_entropy(self.head(x).float(), targets.flatten())
 
+    @torch.no_grad()
     def summed_nats(self, x, targets):
         """Total cross-entropy in nats of residual streams (N, C) against targets (N,), for evaluation."""
         if x.is_cuda and fused_loss_obstacle() is None:

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import dataset, fetch as fetching, prepare as preparing
+from data import fetch as fetching
+from data import prepare as preparing
 from data.dataset import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load
 from data.fetch import DataError, Source, Unavailable, WrongBytes, fetch
 from data.prepare import prepare

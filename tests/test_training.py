@@ -283,7 +283,7 @@ def test_a_failing_compiler_leaves_training_uncompiled(model, monkeypatch, capsy
     assert capsys.readouterr().out.count("uncompiled") == 1
     idx = torch.zeros(1, 4, dtype=torch.long)
     model.eval()
-    assert model.loss(idx, idx, None) == pytest.approx(model(idx, idx)[1].item())
+    assert model.loss(idx, idx, None).item() == pytest.approx(model(idx, idx)[1].item())
 
 
 def test_compiled_blocks_stand_in_for_the_model_s_own(model, monkeypatch):
