@@ -158,9 +158,10 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{idx.size(1)} tokens do not fit a block of {self.config.block_size}: crop the input to the block."
             )
-        if positions is None:
-            positions = torch.arange(idx.size(1), device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        places = self.transformer.wpe.weight[: idx.size(1)] if positions is None else self.transformer.wpe(positions)
+        # sparse: the gradient of the batch's few rows is added to the output layer's dense one, in place
+        tokens = F.embedding(idx, self.transformer.wte.weight, sparse=True)
+        x = self.transformer.drop(tokens + places)
         past = None
         if cache is not None:
             unseen = torch.arange(self.config.block_size, device=idx.device) > positions[:, None]
@@ -171,40 +172,27 @@ class GPT(nn.Module):
             x = block(x, past)
         return self.transformer.ln_f(x)
 
-    def output_weight(self):
-        """The output layer's matrix as the forward pass multiplies with it.
-
-        On CUDA in autocast's type and with zero rows up to a multiple of 64, since aligned tensor-core kernels
-        are faster; the parameter itself keeps its V rows.
-        """
-        weight = self.lm_head.weight
-        if not weight.is_cuda:
-            return weight
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-        return F.pad(weight.to(dtype), (0, 0, 0, -self.config.vocab_size % 64))
-
-    def head(self, x, weight=None):
-        """Residual stream (..., C) to logits (..., V); `weight` may hold `output_weight()` from before."""
-        return F.linear(x, self.output_weight() if weight is None else weight)[..., : self.config.vocab_size]
+    def head(self, x):
+        """Residual stream (..., C) to logits (..., V)."""
+        return aligned_logits(x, self.lm_head.weight) if x.is_cuda and not torch.is_grad_enabled() else self.lm_head(x)
 
     def loss(self, idx, targets, blocks=None):
         """Mean loss in nats a token, as `forward` gives it, without keeping logits that nobody reads.
 
         `blocks` stand in for `transformer.h`: the same blocks, compiled.
         """
-        x = self.hidden(idx, blocks=blocks).flatten(0, 1)
+        x, weight, targets = self.hidden(idx, blocks=blocks).flatten(0, 1), self.lm_head.weight, targets.flatten()
         if x.is_cuda and fused_loss_obstacle() is None:
-            weight = self.output_weight()
-            return FusedCrossEntropy.apply(F.linear(x, weight), targets.flatten(), self.config.vocab_size)
+            return FusedCrossEntropy.apply(x, weight, targets)
         if not x.is_cuda and self.config.vocab_size > 4096:  # fewer columns fit in the cache as they are
-            return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets.flatten())
-        return F.cross_entropy(self.head(x).float(), targets.flatten())
+            return ChunkedCrossEntropy.apply(x, weight, targets)
+        return F.cross_entropy(self.head(x).float(), targets)
 
     @torch.no_grad()
     def summed_nats(self, x, targets):
         """Total cross-entropy in nats of residual streams (N, C) against targets (N,), for evaluation."""
         if x.is_cuda and fused_loss_obstacle() is None:
-            return row_losses(F.linear(x, self.output_weight()), targets, self.config.vocab_size)[0].sum(dtype=torch.float64)
+            return row_losses(aligned_logits(x, self.lm_head.weight), targets)[0].sum(dtype=torch.float64)
         if not x.is_cuda:
             chunks = logit_chunks(x, self.lm_head.weight, targets)
             return sum(F.cross_entropy(z, wanted, reduction="sum").double() for z, wanted, _ in chunks)
@@ -266,22 +254,21 @@ class GPT(nn.Module):
         tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + new), filled from the left
         last = torch.tensor([prompt - 1], device=idx.device)  # index of the newest token, on the device
         window = torch.arange(1 - block, 1, device=idx.device)
-        weight = self.output_weight()
 
         def append(logits):
             tokens.index_copy_(1, last + 1, sample(logits))
             last.add_(1)
 
         def from_cache():
-            append(self.head(self.hidden(tokens.index_select(1, last), cache, last), weight))
+            append(self.head(self.hidden(tokens.index_select(1, last), cache, last)))
 
         def from_window():
-            append(self.head(self.hidden(tokens.index_select(1, last + window))[:, -1:], weight))
+            append(self.head(self.hidden(tokens.index_select(1, last + window))[:, -1:]))
 
         cached = min(max_new_tokens, block - prompt + 1) if use_cache else 0
         if cached > 0:
             cache = self.new_cache(idx.size(0))
-            append(self.head(self.hidden(idx, cache, torch.arange(prompt, device=idx.device))[:, -1:], weight))
+            append(self.head(self.hidden(idx, cache, torch.arange(prompt, device=idx.device))[:, -1:]))
             replay(from_cache, cached - 1, idx.device, sample.generator)
         known, wanted = prompt + max(cached, 0), prompt + max_new_tokens
         for length in range(known, min(block, wanted)):  # without a cache each length up to the block comes once
@@ -353,7 +340,7 @@ class GraphedStep:
 
 def replay(step, times, device, generator=None):
     """Runs `step` so many times, as a CUDA graph where that is possible and pays."""
-    graphed = GraphedStep(step, enabled=device.type == "cuda" and times > 8, generator=generator)
+    graphed = GraphedStep(step, enabled=device.type == "cuda" and times > 8, generator=generator, warmup=1)
     for _ in range(times):
         graphed()
 
@@ -421,19 +408,32 @@ if triton is not None:
         tl.store(losses + row, normaliser - tl.load(logits + row * stride + target).to(tl.float32))
 
     @triton.jit
-    def _row_gradient(logits, stride, targets, normalisers, scale, columns, padded, BLOCK: tl.constexpr):
-        """Overwrites logits by scale * (softmax - one-hot target), and what pads the row by zero."""
+    def _row_gradient(logits, stride, targets, normalisers, scale, columns, BLOCK: tl.constexpr):
+        """Overwrites logits by scale * (softmax - one-hot target)."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         place = logits + row * stride + column
         z = tl.load(place, mask=column < columns, other=-float("inf")).to(tl.float32)
         gradient = tl.exp(z - tl.load(normalisers + row)) - tl.where(column == tl.load(targets + row), 1.0, 0.0)
-        tl.store(place, (tl.load(scale) * gradient).to(logits.dtype.element_ty), mask=column < padded)
+        tl.store(place, (tl.load(scale) * gradient).to(logits.dtype.element_ty), mask=column < columns)
 
 
-def row_losses(logits, targets, columns):
-    """Losses (N,) of logits (N, V or more) over their first `columns`, and each row's log-sum-exp (N,)."""
+def aligned_logits(x, weight):
+    """Logits (..., V) of x (..., C) by weight (V, C), in autocast's type, without a gradient.
+
+    Each row begins at a multiple of 64 columns: tensor cores are several times slower on rows that begin anywhere.
+    """
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    columns = len(weight)
+    logits = torch.empty(x.shape[:-1].numel(), columns + -columns % 64, dtype=dtype, device=x.device)[:, :columns]
+    torch.mm(x.to(dtype).flatten(0, -2), weight.to(dtype).t(), out=logits)
+    return logits.unflatten(0, x.shape[:-1])
+
+
+def row_losses(logits, targets):
+    """Losses (N,) of logits (N, V) against targets (N,), and each row's logarithm of the sum of exponentials."""
     losses, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    columns = logits.size(1)
     _row_loss[(len(logits),)](
         logits, logits.stride(0), targets, losses, normalisers, columns, BLOCK=4096, num_warps=8
     )
@@ -441,25 +441,28 @@ def row_losses(logits, targets, columns):
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Mean loss of logits (N, V or more) against targets (N,); backward once, since it overwrites the logits."""
+    """Mean loss of `x @ weight.T` against targets, x (N, C), weight (V, C), targets (N,), in autocast's type.
+
+    Backward once: it overwrites the logits by their gradient.
+    """
 
     @staticmethod
-    def forward(ctx, logits, targets, columns):
-        losses, normalisers = row_losses(logits, targets, columns)
-        ctx.save_for_backward(logits, targets, normalisers)
-        ctx.columns = columns
+    def forward(ctx, x, weight, targets):
+        logits = aligned_logits(x, weight)
+        losses, normalisers = row_losses(logits, targets)
+        ctx.save_for_backward(x.to(logits.dtype), weight.to(logits.dtype), targets, logits, normalisers)
+        ctx.dtypes = x.dtype, weight.dtype
         return losses.mean()
 
     @staticmethod
     def backward(ctx, gradient):
-        logits, targets, normalisers = ctx.saved_tensors
-        rows, padded = logits.shape
-        grid = (rows, triton.cdiv(padded, 4096))
+        x, weight, targets, logits, normalisers = ctx.saved_tensors
+        rows, columns = logits.shape
         scale = (gradient / rows).float()
-        _row_gradient[grid](
-            logits, logits.stride(0), targets, normalisers, scale, ctx.columns, padded, BLOCK=4096, num_warps=8
+        _row_gradient[rows, triton.cdiv(columns, 4096)](
+            logits, logits.stride(0), targets, normalisers, scale, columns, BLOCK=4096, num_warps=8
         )
-        return logits, None, None
+        return (logits @ weight).to(ctx.dtypes[0]), (logits.t() @ x).to(ctx.dtypes[1]), None
 
 
 @functools.cache
@@ -468,8 +471,9 @@ def fused_loss_obstacle():
     if triton is None:
         return "Triton is not installed"
     try:  # compiles both kernels, which needs a C compiler and a card of capability 7.0 or later
-        logits = torch.zeros(2, 64, device="cuda", requires_grad=True)
-        FusedCrossEntropy.apply(logits.clone(), torch.zeros(2, dtype=torch.int64, device="cuda"), 60).backward()
+        with torch.enable_grad():
+            x, weight = (torch.zeros(rows, 16, device="cuda", requires_grad=True) for rows in (2, 60))
+            FusedCrossEntropy.apply(x, weight, torch.zeros(2, dtype=torch.int64, device="cuda")).backward()
         torch.cuda.synchronize()
     except Exception as error:  # compilers fail in many ways
         return f"{type(error).__name__} from Triton"
