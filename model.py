@@ -172,9 +172,13 @@ class GPT(nn.Module):
             x = block(x, past)
         return self.transformer.ln_f(x)
 
-    def head(self, x):
-        """Residual stream (..., C) to logits (..., V)."""
-        return aligned_logits(x, self.lm_head.weight) if x.is_cuda and not torch.is_grad_enabled() else self.lm_head(x)
+    def output_weight(self):
+        """The output layer's matrix as `head` multiplies with it: on CUDA in autocast's type and aligned."""
+        return aligned(self.lm_head.weight) if self.lm_head.weight.is_cuda else self.lm_head.weight
+
+    def head(self, x, weight=None):
+        """Residual stream (..., C) to logits (..., V); `weight` may hold `output_weight()` from before."""
+        return F.linear(x, self.output_weight() if weight is None else weight)[..., : self.config.vocab_size]
 
     def loss(self, idx, targets, blocks=None):
         """Mean loss in nats a token, as `forward` gives it, without keeping logits that nobody reads.
@@ -192,7 +196,8 @@ class GPT(nn.Module):
     def summed_nats(self, x, targets):
         """Total cross-entropy in nats of residual streams (N, C) against targets (N,), for evaluation."""
         if x.is_cuda and fused_loss_obstacle() is None:
-            return row_losses(aligned_logits(x, self.lm_head.weight), targets)[0].sum(dtype=torch.float64)
+            logits = F.linear(x, self.output_weight())
+            return row_losses(logits, targets, self.config.vocab_size)[0].sum(dtype=torch.float64)
         if not x.is_cuda:
             chunks = logit_chunks(x, self.lm_head.weight, targets)
             return sum(F.cross_entropy(z, wanted, reduction="sum").double() for z, wanted, _ in chunks)
@@ -254,21 +259,22 @@ class GPT(nn.Module):
         tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + new), filled from the left
         last = torch.tensor([prompt - 1], device=idx.device)  # index of the newest token, on the device
         window = torch.arange(1 - block, 1, device=idx.device)
+        weight = self.output_weight()
 
         def append(logits):
             tokens.index_copy_(1, last + 1, sample(logits))
             last.add_(1)
 
         def from_cache():
-            append(self.head(self.hidden(tokens.index_select(1, last), cache, last)))
+            append(self.head(self.hidden(tokens.index_select(1, last), cache, last), weight))
 
         def from_window():
-            append(self.head(self.hidden(tokens.index_select(1, last + window))[:, -1:]))
+            append(self.head(self.hidden(tokens.index_select(1, last + window))[:, -1:], weight))
 
         cached = min(max_new_tokens, block - prompt + 1) if use_cache else 0
         if cached > 0:
             cache = self.new_cache(idx.size(0))
-            append(self.head(self.hidden(idx, cache, torch.arange(prompt, device=idx.device))[:, -1:]))
+            append(self.head(self.hidden(idx, cache, torch.arange(prompt, device=idx.device))[:, -1:], weight))
             replay(from_cache, cached - 1, idx.device, sample.generator)
         known, wanted = prompt + max(cached, 0), prompt + max_new_tokens
         for length in range(known, min(block, wanted)):  # without a cache each length up to the block comes once
@@ -351,6 +357,15 @@ def replay(step, times, device, generator=None):
 # once more to overwrite it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
 
 
+def aligned(weight):
+    """A matrix (V, C) in autocast's type, with zero rows up to a multiple of 64.
+
+    Tensor cores multiply several times slower where rows of the product begin at odd addresses.
+    """
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % 64))
+
+
 def logit_chunks(x, weight, targets):
     """A few rows at a time, in one buffer: logits of x (N, C) by weight (V, C), targets (N,), and the rows' slice."""
     rows = max(64, 2**22 // len(weight))
@@ -390,14 +405,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 if triton is not None:
 
     @triton.jit
-    def _row_loss(logits, stride, targets, losses, normalisers, columns, BLOCK: tl.constexpr):
+    def _row_loss(logits, targets, losses, normalisers, columns, width, BLOCK: tl.constexpr):
         """One program a row: the logarithm of the sum of exponentials in one pass, then the loss."""
         row = tl.program_id(0).to(tl.int64)
         largest = tl.full([BLOCK], -1e30, tl.float32)  # running maximum and sum, one of each a lane
         total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, columns, BLOCK):
+        for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+            z = tl.load(logits + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+            z = tl.where(column < columns, z, -float("inf"))
             e = tl.exp(-tl.abs(z - largest))
             total = tl.where(z > largest, total * e + 1, total + e)
             largest = tl.maximum(largest, z)
@@ -405,38 +421,25 @@ if triton is not None:
         normaliser = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
         target = tl.load(targets + row)
         tl.store(normalisers + row, normaliser)
-        tl.store(losses + row, normaliser - tl.load(logits + row * stride + target).to(tl.float32))
+        tl.store(losses + row, normaliser - tl.load(logits + row * width + target).to(tl.float32))
 
     @triton.jit
-    def _row_gradient(logits, stride, targets, normalisers, scale, columns, BLOCK: tl.constexpr):
-        """Overwrites logits by scale * (softmax - one-hot target)."""
+    def _row_gradient(logits, targets, normalisers, scale, columns, width, BLOCK: tl.constexpr):
+        """Overwrites logits by scale * (softmax - one-hot target), and what pads a row by zero."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        place = logits + row * stride + column
-        z = tl.load(place, mask=column < columns, other=-float("inf")).to(tl.float32)
+        place = logits + row * width + column
+        z = tl.load(place, mask=column < width, other=0.0).to(tl.float32)
+        z = tl.where(column < columns, z, -float("inf"))
         gradient = tl.exp(z - tl.load(normalisers + row)) - tl.where(column == tl.load(targets + row), 1.0, 0.0)
-        tl.store(place, (tl.load(scale) * gradient).to(logits.dtype.element_ty), mask=column < columns)
+        tl.store(place, (tl.load(scale) * gradient).to(logits.dtype.element_ty), mask=column < width)
 
 
-def aligned_logits(x, weight):
-    """Logits (..., V) of x (..., C) by weight (V, C), in autocast's type, without a gradient.
-
-    Each row begins at a multiple of 64 columns: tensor cores are several times slower on rows that begin anywhere.
-    """
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    columns = len(weight)
-    logits = torch.empty(x.shape[:-1].numel(), columns + -columns % 64, dtype=dtype, device=x.device)[:, :columns]
-    torch.mm(x.to(dtype).flatten(0, -2), weight.to(dtype).t(), out=logits)
-    return logits.unflatten(0, x.shape[:-1])
-
-
-def row_losses(logits, targets):
-    """Losses (N,) of logits (N, V) against targets (N,), and each row's logarithm of the sum of exponentials."""
+def row_losses(logits, targets, columns):
+    """Losses (N,) of logits (N, V or more) over their first `columns`, and each row's log of the sum of exponentials."""
     losses, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    columns = logits.size(1)
-    _row_loss[(len(logits),)](
-        logits, logits.stride(0), targets, losses, normalisers, columns, BLOCK=4096, num_warps=8
-    )
+    width = logits.size(1)
+    _row_loss[(len(logits),)](logits, targets, losses, normalisers, columns, width, BLOCK=4096, num_warps=8)
     return losses, normalisers
 
 
@@ -448,21 +451,23 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        logits = aligned_logits(x, weight)
-        losses, normalisers = row_losses(logits, targets)
-        ctx.save_for_backward(x.to(logits.dtype), weight.to(logits.dtype), targets, logits, normalisers)
-        ctx.dtypes = x.dtype, weight.dtype
+        padded = aligned(weight)
+        states = x.to(padded.dtype)
+        logits = states @ padded.t()
+        losses, normalisers = row_losses(logits, targets, len(weight))
+        ctx.save_for_backward(states, padded, targets, logits, normalisers)
+        ctx.columns, ctx.dtypes = len(weight), (x.dtype, weight.dtype)
         return losses.mean()
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight, targets, logits, normalisers = ctx.saved_tensors
-        rows, columns = logits.shape
+        states, padded, targets, logits, normalisers = ctx.saved_tensors
+        rows, width = logits.shape
         scale = (gradient / rows).float()
-        _row_gradient[rows, triton.cdiv(columns, 4096)](
-            logits, logits.stride(0), targets, normalisers, scale, columns, BLOCK=4096, num_warps=8
-        )
-        return (logits @ weight).to(ctx.dtypes[0]), (logits.t() @ x).to(ctx.dtypes[1]), None
+        grid = (rows, triton.cdiv(width, 4096))
+        _row_gradient[grid](logits, targets, normalisers, scale, ctx.columns, width, BLOCK=4096, num_warps=8)
+        weight_gradient = (logits.t() @ states)[: ctx.columns]
+        return (logits @ padded).to(ctx.dtypes[0]), weight_gradient.to(ctx.dtypes[1]), None
 
 
 @functools.cache
