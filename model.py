@@ -363,7 +363,10 @@ def aligned(weight):
     Tensor cores multiply several times slower where rows of the product begin at odd addresses.
     """
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-    return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % 64))
+    rows, columns = weight.shape
+    padded = torch.zeros(rows + -rows % 64, columns, dtype=dtype, device=weight.device)
+    padded[:rows] = weight
+    return padded
 
 
 def logit_chunks(x, weight, targets):
