@@ -6,6 +6,7 @@ run lives in its folder as `ckpt.pt` (best validation estimate) and `last.pt` (w
 
 import contextlib
 import copy
+import gc
 import math
 import os
 import pickle
@@ -474,7 +475,7 @@ class Trainer:
         self.norms.index_copy_(0, self.row, norm[None])
         self.row.add_(1)
 
-    def advance(self, first, last, stopping, progress):
+    def advance(self, first, last, stop, progress):
         """Takes the steps from `first` up to `last`, or to where a stop is asked for.
 
         Returns the losses and gradient norms of the steps taken, one float each.
@@ -482,7 +483,7 @@ class Trainer:
         self.fill_tables(first, last)
         together = 32 if self.precision.device.type == "cuda" else 1  # steps queued before the host looks up
         step = first
-        while step < last and not stopping():
+        while step < last and not stop.received:
             until = min(step + together, last)
             for _ in range(step, until):
                 self.graphed_step()
@@ -549,33 +550,34 @@ class TrainingError(RuntimeError):
     """Training cannot go on: what happened at which step, and what to change."""
 
 
-@contextlib.contextmanager
-def stop_requests():
-    """While inside, an interrupt or a termination only sets a flag; yields a function that reads it.
+class StopRequests:
+    """While entered, an interrupt or a termination is only noted, so that training ends at a step's edge.
 
     A second one acts at once, as outside. Only the main thread can catch signals; elsewhere nothing changes.
     """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    caught = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in caught}
 
-    def restore():
-        for number, handler in previous.items():
+    caught = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received, self.previous = None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.note) for number in self.caught}
+        return self
+
+    def note(self, number, frame):
+        self.received = number
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def ask(number, frame):
-        asked.set()
-        restore()
-
-    for number in caught:
-        signal.signal(number, ask)
-    try:
-        yield asked.is_set
-    finally:
-        restore()
+    def pass_on(self):
+        """A termination, once the work is saved, does what it would have done; an interrupt is answered already."""
+        if self.received == signal.SIGTERM:
+            signal.raise_signal(self.received)
 
 
 HISTORY_KEYS = ("iter", "train_loss", "val_loss", "learning_rate", "time", "seconds", "tokens", "grad_norm", "peak_memory")
@@ -654,33 +656,51 @@ def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, 
     Writes `out_dir/ckpt.pt`, the step with the best validation estimate, and `out_dir/last.pt`; unsaved work is
     at most `save_seconds` of training and one evaluation interval. Called again it goes on from `last.pt`, to
     the same end as a run never stopped, or, if that run is finished, only loads it; `fresh=True` starts over.
-    An interrupt or a termination ends at a step's edge, saves and returns.
-    Raises CheckpointError for a checkpoint of another run, TrainingError for a loss that is no number.
+    An interrupt or a termination ends at a step's edge, saves and returns (a termination then takes its course).
+    Raises CheckpointError for a checkpoint of another run, TrainingError for a loss that is no number and where
+    the memory does not suffice.
     """
     precision = precision or choose_precision()
     for split in ("train", "val"):
         check_length(len(data.splits[split]), settings.block_size)
     if model.config != settings.model_config(data.vocab_size):
         raise ValueError("The model does not have the shape of these settings and this data: make it with make_model.")
+    with StopRequests() as stop:
+        history = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            store = RunStore(Path(out_dir), settings, data, save_seconds)
+            history = train_loop(model, data, settings, precision, store, fresh, view or SilentView(), stop)
+    if history is None:  # out here nothing of the run is held any more, so the same kernel can try smaller values
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        raise TrainingError(
+            f"The memory of {precision.device} does not suffice for batch_size {settings.batch_size} and block_size "
+            f"{settings.block_size}: lower batch_size, and raise gradient_accumulation_steps to keep the batch's size."
+        )
+    stop.pass_on()
+    return history
+
+
+def train_loop(model, data, settings, precision, store, fresh, view, stop):
+    """Steps and evaluations in turn, from where the store says, to the end or to a stop; returns the history."""
     model.to(precision.device).train()
     if precision.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(precision.device)
     trainer = Trainer(model, data, settings, precision)
-    store = RunStore(Path(out_dir), settings, data, save_seconds)
     history, step, seconds = store.resume(trainer, fresh)
-    view = view or SilentView()
-    with stop_requests() as stopping, store.keeping_best():
+    with store.keeping_best():
         while True:
             if step not in history["iter"] and (step % settings.eval_interval == 0 or step == settings.max_iters):
                 record(history, trainer, step, seconds)
                 check_evaluated(history, trainer)
                 store.keep(trainer, history, step, seconds)
                 view.evaluated(history)
-            if step == settings.max_iters or stopping():
+            if step == settings.max_iters or stop.received:
                 break
             last = min(step - step % settings.eval_interval + settings.eval_interval, settings.max_iters)
             started = time.perf_counter()
-            taken = trainer.advance(step, last, stopping, view.progress)
+            taken = trainer.advance(step, last, stop, view.progress)
             seconds += time.perf_counter() - started
             check_finite(history, taken, step, trainer)
             history["step_loss"] += taken[0]
@@ -792,6 +812,11 @@ def history_rows(history):
     return [{**row, "rate": (row["tokens"] - b) / row["time"] if row["time"] else 0.0} for row, b in zip(rows, before)]
 
 
+def overflows(history):
+    """Steps whose gradient was no number: in fp16 the scaler leaves them out and lowers its scale."""
+    return sum(not math.isfinite(norm) for norm in history["step_grad_norm"])
+
+
 def tokens_per_second(history):
     """Training throughput; the first interval, which holds compilation and capture, is left out."""
     first = min(1, len(history["iter"]) - 2)
@@ -848,6 +873,8 @@ class LiveView:
             print(f"The step ran without a CUDA graph, more slowly but to the same end: {reason}")
         partial = step < self.settings.max_iters
         state = "interrupted and saved: run this cell again to go on" if partial else "finished"
+        if overflows(history):
+            state += f" with {overflows(history)} steps left out for overflow in fp16"
         self.evaluated(history)
         self._say(step, f"{state}; {history['seconds'][-1]:,.1f} s of training, {tokens_per_second(history):,.0f} tokens/s "
                         f"after the first interval")  # fmt: skip
@@ -920,7 +947,7 @@ class Run:
 
         The first sixth of the run, where everything falls fast, is left out.
         """
-        rows = [row for row in history_rows(self.history) if row["iter"] >= self.steps / 6]
+        rows = [row for row in history_rows(self.history) if row["iter"] >= self.last["iter"] / 6]
         high = [row for row in rows if row["learning_rate"] > self.settings.learning_rate / 2] or rows[:1]
         return tuple(
             1000 * (part[0]["val_loss"] - part[-1]["val_loss"]) / max(1, part[-1]["iter"] - part[0]["iter"])
@@ -1028,6 +1055,34 @@ def say(text):
 
 def show_table(header, rows):
     say(markdown_table(header, rows))
+
+
+MADE_IN = {
+    "sections 1 and 2": "headline curves clock preset fresh settings_wikitext settings_shakespeare precision",
+    "sections 3 and 4": "folder_wikitext folder_shakespeare wikitext shakespeare datasets colors",
+    "section 5": "model_wikitext model_shakespeare prompts before",
+    "section 7": "history_wikitext run_wikitext",
+    "section 8": "history_shakespeare run_shakespeare",
+    "section 9": "runs splits scores final baselines saved",
+    "section 11": "best_models after",
+    "section 12": "positions",
+    "section 13": "top",
+    "section 15, further up": "findings advice literature ours comparable",
+}
+
+
+def say_where_names_come_from():
+    """In a notebook, lets the error for a name not yet made say which section makes it."""
+    if not in_notebook():
+        return
+    sections = {name: section for section, names in MADE_IN.items() for name in names.split()}
+
+    def explain(shell, kind, error, trace, tb_offset=None):
+        if error.name in sections:
+            error.args = (f"{error.name} is not made yet: run the cells of {sections[error.name]} first (a finished training is only loaded).",)
+        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
+    sys.modules["IPython"].get_ipython().set_custom_exc((NameError,), explain)
 
 
 def placeholder(text):

@@ -162,14 +162,9 @@ class GPT(nn.Module):
         # sparse: the gradient of the batch's few rows is added to the output layer's dense one, in place
         tokens = F.embedding(idx, self.transformer.wte.weight, sparse=True)
         x = self.transformer.drop(tokens + places)
-        past = None
-        if cache is not None:
-            unseen = torch.arange(self.config.block_size, device=idx.device) > positions[:, None]
-            mask = torch.zeros(unseen.shape, dtype=cache[0].dtype, device=idx.device).masked_fill(unseen, -math.inf)
+        mask = None if cache is None else cache.mask[positions]
         for layer, block in enumerate(blocks or self.transformer.h):
-            if cache is not None:
-                past = cache[layer], positions, mask
-            x = block(x, past)
+            x = block(x, None if cache is None else (cache.layers[layer], positions, mask))
         return self.transformer.ln_f(x)
 
     def output_weight(self):
@@ -216,11 +211,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def new_cache(self, batch_size):
-        """Room for the keys and values of one block: a tensor (B, block_size, 2, H, D) a layer."""
-        config, weight = self.config, self.lm_head.weight
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-        shape = (batch_size, config.block_size, 2, config.n_head, config.n_embd // config.n_head)
-        return [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.n_layer)]
+        """Room for the keys and values of `batch_size` sequences of one block."""
+        return Cache(self.config, batch_size, self.lm_head.weight)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True):
@@ -283,6 +275,17 @@ class GPT(nn.Module):
         return tokens
 
 
+class Cache:
+    """Keys and values of one block: a tensor (B, S, 2, H, D) a layer, and the causal mask (S, S) to add to scores."""
+
+    def __init__(self, config, batch_size, weight):
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+        size, heads = config.block_size, config.n_head
+        shape = (batch_size, size, 2, heads, config.n_embd // heads)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.n_layer)]
+        self.mask = torch.full((size, size), -math.inf, dtype=dtype, device=weight.device).triu(1)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws the next token (B, 1) from logits (B, 1, V), without waiting for the device."""
@@ -297,7 +300,7 @@ class Sampler:
             return logits.argmax(-1, keepdim=True)
         if self.top_k is None or self.top_k >= logits.size(-1):
             return self.draw(logits)
-        logits, ids = logits.topk(self.top_k)
+        logits, ids = logits.topk(self.top_k, sorted=False)
         return ids.gather(-1, self.draw(logits))
 
     def draw(self, logits):
