@@ -55,7 +55,7 @@ class Settings:
     eval_interval: int = 250  # steps between two evaluations
     eval_iters: int = 200  # batches of one estimate
     seed: int = 1337
-    compile: bool = False  # torch.compile, where the device and the machine can
+    compile: bool = False  # torch.compile on CUDA: its set-up pays from some ten thousand steps on
 
     def __post_init__(self):
         at_least_one = ("batch_size", "block_size", "max_iters", "gradient_accumulation_steps", "eval_interval")
@@ -105,7 +105,7 @@ class Preset:
 def choose_preset(name=None):
     """The preset called `name`, or else by NANOGPT_PRESET, or else `full` with CUDA and `quick` without."""
     name = name or os.environ.get("NANOGPT_PRESET") or ("full" if torch.cuda.is_available() else "quick")
-    full = Settings(compile=True)
+    full = Settings()
     quick = Settings(
         batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=64, learning_rate=3e-3, min_lr=3e-4,
         dropout=0.0, max_iters=300, warmup_iters=30, eval_interval=50, eval_iters=20,

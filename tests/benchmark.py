@@ -219,7 +219,9 @@ def main():
         return print(f"\nSeed {settings.seed}, lowest validation estimate: plain loop {plain:.4f}, this project {ours:.4f}.")
     rates = ceilings(precision)
     print(f"\nMeasured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e12:.3f} TB/s in a copy.\n")
-    runs = (("WikiText-2", preset.wikitext2, 50257), ("Shakespeare", preset.shakespeare, 65))
+    runs = [("WikiText-2", preset.wikitext2, 50257), ("Shakespeare", preset.shakespeare, 65)]
+    if cuda:
+        runs += [(f"{name}, compiled", replace(settings, compile=True), size) for name, settings, size in runs]
     rows, trainers = [], []
     for name, settings, vocab_size in runs:
         row, trainer = compare_steps(name, settings, random_data(vocab_size), precision, rates)
@@ -235,7 +237,8 @@ def main():
     table = [compare_generation(preset.wikitext2, data, precision, count, new_tokens) for count in counts]
     print(markdown_table(("sequences", "plain", "ours", "ratio"), table))
     if cuda:
-        for trainer in trainers:
+        for (name, _, _), trainer in zip(runs, trainers, strict=True):
+            print(f"\n{name}:")
             print_kernels(trainer)
 
 
