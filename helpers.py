@@ -1149,7 +1149,8 @@ def headline_text(runs, scores, models, precision, preset):
         stand_in_notice([run.data for run in runs]) or "",
         *(f"**Partial: {run.title} stopped at step {run.steps:,}.**" for run in runs if run.steps < run.settings.max_iters),
     ]
-    return markdown_table(*headline_rows(runs, scores, models)) + "\n\n" + " ".join(filter(None, notes))
+    caption = "*Below: loss against optimizer steps, training solid and validation dashed.*"
+    return "\n\n".join([markdown_table(*headline_rows(runs, scores, models)), " ".join(filter(None, notes)), caption])
 
 
 def write_summary(path, runs, scores, models, precision, findings):
