@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.fetch import DataError
 from model import GPT, GPTConfig, GraphedStep
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -689,6 +690,7 @@ def train_loop(model, data, settings, precision, store, fresh, view, stop):
         torch.cuda.reset_peak_memory_stats(precision.device)
     trainer = Trainer(model, data, settings, precision)
     history, step, seconds = store.resume(trainer, fresh)
+    view.began(step)
     with store.keeping_best():
         while True:
             if step not in history["iter"] and (step % settings.eval_interval == 0 or step == settings.max_iters):
@@ -784,6 +786,9 @@ def make_model(settings, data):
 class SilentView:
     """Shows nothing: for tests."""
 
+    def began(self, step):
+        pass
+
     def progress(self, step):
         pass
 
@@ -835,7 +840,7 @@ class LiveView:
 
     def __init__(self, title, settings, color):
         self.title, self.settings, self.color = title, settings, color
-        self.history, self.shown_at, self.began, self.first = new_history(), 0.0, None, 0
+        self.first, self.started, self.shown_at = 0, None, 0.0
         self.line = self.picture = self.table = self.bar = None
         if in_notebook():
             from IPython.display import Markdown, display
@@ -847,18 +852,20 @@ class LiveView:
         else:
             self.bar = tqdm(total=settings.max_iters, desc=title, unit="step")
 
+    def began(self, step):
+        self.first = step
+
     def progress(self, step):
         now = time.perf_counter()
-        if self.began is None:
-            self.began, self.first = now, step
+        if self.started is None:
+            self.started = step, now
         elif now - self.shown_at > 0.5:
             self.shown_at = now
-            speed = (step - self.first) / (now - self.began)
+            speed = (step - self.started[0]) / (now - self.started[1])
             self._say(step, f"{speed * self.settings.tokens_per_step:,.0f} tokens/s, "
                             f"about {(self.settings.max_iters - step) / speed:,.0f} s left")  # fmt: skip
 
     def evaluated(self, history):
-        self.history = history
         if self.table is None:
             self.bar.set_postfix(val_loss=f"{history['val_loss'][-1]:.4f}")
             return
@@ -871,13 +878,20 @@ class LiveView:
     def finished(self, history, step, reason):
         if reason:
             print(f"The step ran without a CUDA graph, more slowly but to the same end: {reason}")
-        partial = step < self.settings.max_iters
-        state = "interrupted and saved: run this cell again to go on" if partial else "finished"
+        if step < self.settings.max_iters:
+            state = "interrupted and saved: run this cell again to go on"
+        elif self.first == step:
+            state = "finished before and now loaded, not trained again (fresh=True would)"
+        else:
+            state = f"finished, gone on from step {self.first:,}" if self.first else "finished"
         if overflows(history):
             state += f" with {overflows(history)} steps left out for overflow in fp16"
         self.evaluated(history)
-        self._say(step, f"{state}; {history['seconds'][-1]:,.1f} s of training, {tokens_per_second(history):,.0f} tokens/s "
-                        f"after the first interval")  # fmt: skip
+        if history["seconds"][-1]:
+            state += (
+                f"; {history['seconds'][-1]:,.1f} s of training, {tokens_per_second(history):,.0f} tokens/s after the first interval"
+            )
+        self._say(step, state)
         if self.bar is not None:
             self.bar.close()
 
@@ -1071,18 +1085,21 @@ MADE_IN = {
 }
 
 
-def say_where_names_come_from():
-    """In a notebook, lets the error for a name not yet made say which section makes it."""
+def explain_errors():
+    """In a notebook, shows this project's errors as their one sentence, and for a name not yet made its section."""
     if not in_notebook():
         return
     sections = {name: section for section, names in MADE_IN.items() for name in names.split()}
 
     def explain(shell, kind, error, trace, tb_offset=None):
-        if error.name in sections:
-            error.args = (f"{error.name} is not made yet: run the cells of {sections[error.name]} first (a finished training is only loaded).",)
-        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+        missing = sections.get(getattr(error, "name", None))
+        if missing:
+            error.args = (f"{error.name} is not made yet: run the cells of {missing} first (a finished training is only loaded).",)
+        plain = missing is not None or not isinstance(error, NameError)
+        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset, exception_only=plain)
 
-    sys.modules["IPython"].get_ipython().set_custom_exc((NameError,), explain)
+    shell = sys.modules["IPython"].get_ipython()
+    shell.set_custom_exc((NameError, CheckpointError, TrainingError, DataError), explain)
 
 
 def placeholder(text):

@@ -19,6 +19,7 @@ class Corpus:
 
     name: str
     title: str
+    stand_in: bool
     fingerprint: str
     vocab_size: int
     splits: dict
@@ -48,6 +49,7 @@ def corpus():
     return Corpus(
         name="tiny",
         title="Tiny sentences",
+        stand_in=False,
         fingerprint="0123456789abcdef",
         vocab_size=len(chars),
         splits={split: np.array(tokenizer.encode(text), dtype=np.uint16) for split, text in texts.items()},

@@ -3,16 +3,22 @@
 python -m pytest tests/test_training.py
 """
 
+import ast
 import contextlib
 import errno
 import math
 import os
 import pickle
 import random
+import re
 import signal
+import weakref
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -204,7 +210,7 @@ def test_a_split_shorter_than_a_window_names_both_lengths(corpus, settings, mode
 
 
 def advance(trainer, steps):
-    return trainer.advance(0, steps, lambda: False, lambda step: None)
+    return trainer.advance(0, steps, helpers.StopRequests(), lambda step: None)
 
 
 def test_accumulated_passes_equal_one_large_batch(settings, corpus):
@@ -407,11 +413,13 @@ def stop_at(step, number):
 
 
 @contextlib.contextmanager
-def own_handler(number):
-    """A handler in place of the system's, so that a signal that is let through fails a test instead of ending it."""
+def own_handler(number, handle=None):
+    """A handler in place of the system's: a signal that is let through is given to `handle`, or fails the test."""
 
-    def handler(*args):
-        raise AssertionError(f"signal {number} came through")
+    def handler(received, frame):
+        if handle is None:
+            raise AssertionError(f"signal {number} came through")
+        handle(received)
 
     before = signal.signal(number, handler)
     try:
@@ -423,11 +431,13 @@ def own_handler(number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [1, 7, 10, 19, 20])
 def test_a_stopped_run_goes_on_to_the_same_end(unbroken, corpus, settings, tmp_path, step, number):
-    folder = tmp_path / "stopped"
-    with own_handler(number) as handler:
+    folder, passed_on = tmp_path / "stopped", []
+    with own_handler(number, lambda received: passed_on.append((received, saved(folder)["iter_num"]))) as handler:
         model = make_model(settings, corpus)
         history = run(model, corpus, settings, folder, view=stop_at(step, number), save_seconds=1000)
         assert signal.getsignal(number) is handler, "the handler was not put back"
+    # a termination takes its course, once and after saving; an interrupt is answered by the return
+    assert passed_on == ([(number, step)] if number == signal.SIGTERM else [])
     assert len(history["step_loss"]) == step == saved(folder)["iter_num"]
     assert not differences(saved(folder)["model"], model.state_dict()), "the saved weights are not those in memory"
 
@@ -720,6 +730,23 @@ def test_a_loss_that_is_no_number_stops_the_run(unbroken, corpus, settings, tmp_
     assert not differences(saved(folder), saved(unbroken)), "the kept checkpoint does not lead to the same end"
 
 
+def test_a_run_that_fails_writes_the_best_state_it_held(unbroken, corpus, settings, tmp_path):
+    model = make_model(settings, corpus)
+
+    def poison(step):
+        if step == 12:
+            model.lm_head.weight.data[0] = math.nan
+
+    with pytest.raises(TrainingError):
+        run(model, corpus, settings, tmp_path / "poisoned", view=Watcher(poison), save_seconds=1000)
+    best = saved(tmp_path / "poisoned", "ckpt.pt")
+    history = saved(unbroken)["history"]
+    expected = min(history["iter"][:3], key=lambda step: history["val_loss"][step // 5])
+    assert best["iter_num"] == expected and best["best_val_loss"] == min(history["val_loss"][:3])
+    helpers.load_model(tmp_path / "poisoned" / "ckpt.pt", vocab_size=corpus.vocab_size)
+    assert not (tmp_path / "poisoned" / "last.pt").exists(), "weights that gave nan were saved"
+
+
 def test_diverged_weights_never_replace_the_last_good_checkpoint(model, corpus, settings, tmp_path):
     """A step can have a finite loss and leave weights behind that give none."""
     settings = replace(settings, eval_interval=1, learning_rate=1e30, warmup_iters=0)
@@ -727,6 +754,130 @@ def test_diverged_weights_never_replace_the_last_good_checkpoint(model, corpus, 
         run(model, corpus, settings, tmp_path)
     kept = saved(tmp_path)
     assert all(math.isfinite(loss) for loss in kept["history"]["val_loss"]), kept["history"]["val_loss"]
+
+
+# --------------------------------------------------------------------------------------------- out of memory
+
+
+@pytest.mark.parametrize("failing", [0, 7])
+def test_out_of_memory_is_one_sentence_and_frees_what_it_took(corpus, settings, tmp_path, monkeypatch, failing):
+    """Also while the error, and with it the frames that it went through, is kept, as a notebook keeps it."""
+    taken, held, step = [], [], Trainer.step
+
+    def hungry(trainer):
+        if len(taken) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
+        taken.append(len(taken))
+        step(trainer)
+
+    def remembering(kind):
+        real = kind.__init__
+        monkeypatch.setattr(kind, "__init__", lambda self, *args: (held.append(weakref.ref(self)), real(self, *args))[1])
+
+    remembering(Trainer)
+    remembering(helpers.RunStore)
+    model = make_model(settings, corpus)
+    with monkeypatch.context() as patch, pytest.raises(TrainingError) as error:
+        patch.setattr(Trainer, "step", hungry)
+        run(model, corpus, settings, tmp_path, save_seconds=1000)
+    message = str(error.value)
+    assert "batch_size 4" in message and "block_size 16" in message and "lower batch_size" in message, message
+    assert "\n" not in message and error.value.__context__ is None, "a reader sees the inner traceback too"
+    assert len(held) == 2 and not any(ref() for ref in held), f"still held: {[ref() for ref in held]}"
+    assert all(p.grad is None for p in model.parameters()), "gradients are still held"
+    if failing:
+        assert saved(tmp_path, "ckpt.pt")["iter_num"] <= 5, "the best state held so far is lost"
+
+    smaller = replace(settings, batch_size=2)
+    history = run(make_model(smaller, corpus), corpus, smaller, tmp_path)
+    assert len(history["step_loss"]) == 20, "the same process cannot train with less"
+
+
+# ------------------------------------------------------------------------------- the report of an unfinished run
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_the_report_can_be_made_of_a_run_stopped_early(corpus, settings, tmp_path, step):
+    """At step 1 there is one evaluation, so nothing to divide by; at step 6 two."""
+    with own_handler(signal.SIGINT):
+        history = run(make_model(settings, corpus), corpus, settings, tmp_path / "run", view=stop_at(step, signal.SIGINT))
+    partial = helpers.Run(corpus, settings, history, tmp_path / "run", "#0072B2")
+    assert (partial.steps, partial.last["iter"]) == (step, step // 5 * 5)
+    for value in (*partial.paces, partial.gap, partial.passes, partial.best["val_loss"]):
+        assert math.isfinite(value), value
+    assert (partial.title, partial.unit, partial.final_split) == ("Tiny sentences", "character", "test")
+    assert len(helpers.history_rows(history)) == len(helpers.loss_rows(history)[1]) == 1 + step // 5
+    assert math.isfinite(helpers.tokens_per_second(history)) and helpers.overflows(history) == 0
+    assert f"**Partial: {step} of 20 steps.**" in helpers.reading_of_training(partial)
+
+    scores = helpers.score_run(partial, "cpu", ("val", "test"), ("test",))
+    models = [partial.load("best", "cpu")]
+    text = helpers.headline_text([partial, partial], [scores, scores], models * 2, CPU, helpers.choose_preset("smoke"))
+    assert f"**Partial: Tiny sentences stopped at step {step}.**" in text
+    final = scores["best", "test", "blocks"]
+    helpers.write_summary(tmp_path / "summary.txt", [partial], [final], models, CPU, ["a finding"])
+    summary = (tmp_path / "summary.txt").read_text()
+    assert f"steps: {step}, best at" in summary and "a finding" in summary and "nan" not in summary, summary
+
+    for figure in (
+        helpers.learning_curves([partial, partial]),
+        helpers.comparison_figure([partial, partial], [{"test": final.perplexity}] * 2),
+    ):
+        figure.savefig(tmp_path / "figure.png")
+        plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------- names in the notebook
+
+
+def section_cells():
+    """(section, syntax tree) of the notebook's code cells; what stands before the first number counts to 1."""
+    notebook = nbformat.read(Path(helpers.__file__).with_name("test.ipynb"), as_version=4)
+    section = 1
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            yield section, ast.parse(cell.source)
+        else:
+            numbers = re.findall(r"^#+ (\d+)\.", cell.source, flags=re.MULTILINE)
+            section = int(numbers[-1]) if numbers else section
+
+
+def names(tree, context):
+    """The names that a cell assigns (ast.Store) or reads (ast.Load), those inside comprehensions and lambdas left out."""
+    inner = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+    bound = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, inner[:-1])
+        for generator in node.generators
+        for target in ast.walk(generator.target)
+        if isinstance(target, ast.Name)
+    } | {arg.arg for node in ast.walk(tree) if isinstance(node, ast.Lambda) for arg in node.args.args}
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+    return found - bound
+
+
+@pytest.mark.parametrize("sections", helpers.MADE_IN)
+def test_names_are_made_in_the_sections_that_the_error_names(sections):
+    numbers = set(map(int, re.findall(r"\d+", sections)))
+    assigned = {name for section, tree in section_cells() if section in numbers for name in names(tree, ast.Store)}
+    missing = set(helpers.MADE_IN[sections].split()) - assigned
+    assert not missing, f"{sections} does not assign {missing}"
+    elsewhere = {name for section, tree in section_cells() if section not in numbers for name in names(tree, ast.Store)}
+    assert not elsewhere & set(helpers.MADE_IN[sections].split()), "another section assigns them too"
+
+
+def test_every_name_that_a_later_section_reads_is_in_the_table():
+    made, listed, missing = {}, set(" ".join(helpers.MADE_IN.values()).split()), set()
+    here = {}
+    for section, tree in section_cells():
+        stored = names(tree, ast.Store)
+        for name in names(tree, ast.Load) - stored - here.get(section, set()):
+            if made.get(name, section) != section and name not in listed:
+                missing.add(f"{name} of section {made[name]}, read in {section}")
+        here.setdefault(section, set()).update(stored)
+        made.update(dict.fromkeys(stored, section))
+    assert not missing, sorted(missing)
 
 
 # -------------------------------------------------------------------------------------------------------- CUDA
