@@ -174,8 +174,21 @@ def plain_generate(model, tokens, new_tokens):
     return tokens
 
 
-def print_kernels(trainer, steps=5, shown=30):
-    """Where a step's time goes on the card, kernel by kernel."""
+KINDS = {
+    "matrix products": ("nvjet", "gemm", "cutlass", "cublas"),
+    "attention": ("sdpa", "fmha", "flash", "cudnn"),
+    "loss over the vocabulary": ("_row_loss", "_row_gradient", "nll_loss", "softmax"),
+    "AdamW and clipping": ("multi_tensor", "Fused", "lpnorm"),
+}
+
+
+def kind_of(kernel):
+    kinds = (kind for kind, marks in KINDS.items() if any(mark in kernel for mark in marks))
+    return next(kinds, "all else: norms, GELU, dropout, sums, casts")
+
+
+def print_kernels(trainer, steps=5, shown=16):
+    """Where a step's time goes on the card: by kind, then the longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     trainer.row.zero_()
@@ -184,8 +197,14 @@ def print_kernels(trainer, steps=5, shown=30):
             trainer.graphed_step()
         torch.cuda.synchronize()
     kernels = sorted(recorded.key_averages(), key=lambda kernel: -kernel.device_time_total)
-    total = sum(kernel.device_time_total for kernel in kernels) / steps
-    print(f"\nKernels of one step: {total / 1e3:.2f} ms in {sum(k.count for k in kernels) // steps} launches.\n")
+    kinds = {}
+    for kernel in kernels:
+        time_and_count = kinds.setdefault(kind_of(kernel.key), [0.0, 0])
+        time_and_count[0] += kernel.device_time_total / steps / 1e3
+        time_and_count[1] += kernel.count // steps
+    rows = [(kind, f"{ms:.2f}", count) for kind, (ms, count) in sorted(kinds.items(), key=lambda item: -item[1][0])]
+    total = [("all kernels", f"{sum(ms for ms, _ in kinds.values()):.2f}", sum(count for _, count in kinds.values()))]
+    print(markdown_table(("kernels of one step", "ms", "launches"), rows + total) + "\n")
     rows = [(f"{k.device_time_total / steps:.0f}", k.count // steps, k.key[:90]) for k in kernels[:shown]]
     print(markdown_table(("microseconds", "launches", "kernel"), rows))
 
