@@ -14,9 +14,9 @@ import platform
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
+import traceback
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.fetch import DataError
-from model import GPT, GPTConfig, GraphedStep
+from data.fetch import DataError, replacing
+from model import GPT, GPTConfig, GraphedStep, fused_loss_obstacle
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -44,7 +44,7 @@ class Settings:
     dropout: float = 0.1
     bias: bool = True
     learning_rate: float = 1e-3  # peak, reached after the warm-up
-    min_lr: float = 1e-4  # floor, reached at the last step
+    min_lr: float = 1e-4  # floor, reached when the last step is done
     decay_lr: bool = True  # cosine from the peak to the floor; False: the peak throughout
     max_iters: int = 5000  # optimizer steps
     warmup_iters: int = 200
@@ -59,17 +59,21 @@ class Settings:
     compile: bool = False  # torch.compile on CUDA: its set-up pays from some ten thousand steps on
 
     def __post_init__(self):
+        wanted = {int: "a whole number", float: "a number", bool: "True or False"}  # Python's own: a checkpoint holds no other
+        for field in fields(self):
+            kinds = (int, float) if field.type is float else (field.type,)
+            _require(type(getattr(self, field.name)) in kinds, field.name, self, f"{wanted[field.type]} of Python's own type")
         at_least_one = ("batch_size", "block_size", "max_iters", "gradient_accumulation_steps", "eval_interval")
         for field in (*at_least_one, "eval_iters", "n_layer", "n_head", "n_embd"):
             value = getattr(self, field)
-            _require(isinstance(value, int) and value >= 1, field, self, "a whole number of at least 1")
+            _require(value >= 1, field, self, "a whole number of at least 1")
         for field in ("learning_rate", "min_lr"):
             _require(0 < getattr(self, field) < math.inf, field, self, "a number above 0")
         for field in ("weight_decay", "grad_clip"):
             _require(0 <= getattr(self, field) < math.inf, field, self, "a number of at least 0")
         for field in ("warmup_iters", "seed"):
             value = getattr(self, field)
-            _require(isinstance(value, int) and 0 <= value < 2**32, field, self, "a whole number from 0 to 2**32 - 1")
+            _require(0 <= value < 2**32, field, self, "a whole number from 0 to 2**32 - 1")
         for field in ("beta1", "beta2", "dropout"):
             _require(0 <= getattr(self, field) < 1, field, self, "a number of at least 0 and below 1")
         _require(self.min_lr <= self.learning_rate, "min_lr", self, f"at most learning_rate {self.learning_rate}")
@@ -86,7 +90,7 @@ class Settings:
 
 def _require(holds, field, settings, wanted):
     if not holds:
-        raise ValueError(f"{field} is {getattr(settings, field)}: give {wanted}.")
+        raise ValueError(f"{field} is {getattr(settings, field)!r}: give {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ def get_batch(tokens, starts, block_size):
 
 
 def get_lr(step, settings):
-    """Learning rate of a step: linear warm-up, then a cosine down to `min_lr` at the run's last step."""
+    """Learning rate of a step: linear warm-up, then a cosine down to `min_lr` when the last is done."""
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / (settings.warmup_iters + 1)
     if not settings.decay_lr:
@@ -343,25 +347,18 @@ class CheckpointError(RuntimeError):
 
 def write_atomically(path, write):
     """Calls `write(file)` on a temporary file beside `path`, then renames it: the old file stays until then."""
-    path = Path(path)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-            temporary = file.name
+        with replacing(Path(path)) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (DataError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError, caused by an OSError
+        cause = error
+        while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
+            cause = cause.__cause__ or cause.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(
             f"{path} could not be written ({reason}): free disk space or choose another folder; what stood there "
             f"before is unharmed."
         ) from None
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def save_checkpoint(path, checkpoint):
@@ -377,12 +374,14 @@ def load_checkpoint(path):
                 raise zipfile.BadZipFile("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"There is no checkpoint {path}: run the training cell that writes it first.") from None
+        raise CheckpointError(
+            f"There is no checkpoint {path}: run the training cell that writes it first, with fresh=True if it was deleted."
+        ) from None
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} holds more than plain values and was not opened: use a file you trust.") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}): delete it and train again.") from None
+        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}): train again with fresh=True, which replaces it.") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args", "iter_num"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is no checkpoint of a GPT of this kind: delete it or choose another file.")
     return checkpoint
@@ -407,7 +406,8 @@ def load_model(path, device="cpu", vocab_size=None):
 
 def check_same_run(checkpoint, settings, data, path):
     """Refuses to go on from a checkpoint of other settings or data; the error names what differs."""
-    saved = {**checkpoint.get("settings", {}), **checkpoint.get("data", {})}
+    parts = [checkpoint.get(part) for part in ("settings", "data")]
+    saved = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
     wanted = {**asdict(settings), **data_identity(data)}
     differing = [
         f"{key} {saved.get(key)!r} there, {value!r} here" for key, value in wanted.items() if saved.get(key) != value
@@ -417,6 +417,10 @@ def check_same_run(checkpoint, settings, data, path):
             f"{path} belongs to another run ({'; '.join(differing)}): pass fresh=True to train anew, which replaces "
             f"it, or choose another folder."
         )
+
+
+def unusable(path):
+    return CheckpointError(f"{path} lacks what a run needs to go on: pass fresh=True to train anew, which replaces it.")
 
 
 def data_identity(data):
@@ -445,8 +449,8 @@ class Trainer:
         self.starts = torch.zeros(shape, dtype=torch.int64, device=device)
         self.rates, self.losses, self.norms = (torch.zeros(rows, device=device) for _ in range(3))
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.blocks = compiled_blocks(model, precision) if settings.compile and device.type == "cuda" else None
-        self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda")
+        self.blocks = compiled_blocks(model, precision, settings.batch_size) if settings.compile and device.type == "cuda" else None
+        self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda", recover=self.forget_step)
 
     def fill_tables(self, first, last):
         """Positions and rates of the steps from `first` up to `last`."""
@@ -458,6 +462,7 @@ class Trainer:
 
     def step(self):
         passes = self.settings.gradient_accumulation_steps
+        self.optimizer.zero_grad(set_to_none=True)
         self.rate.copy_(self.rates[self.row][0])
         starts = self.starts[self.row][0]
         total = torch.zeros_like(self.rate)
@@ -471,10 +476,23 @@ class Trainer:
         norm = clip_gradients(self.model.parameters(), self.settings.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.losses.index_copy_(0, self.row, total[None])
         self.norms.index_copy_(0, self.row, norm[None])
         self.row.add_(1)
+
+    def slower_because(self):
+        """Which fast path this card or machine does not have, as text; None if it has all, or is a CPU."""
+        if self.precision.device.type != "cuda":
+            return None
+        graph, loss = self.graphed_step.reason, fused_loss_obstacle()
+        reasons = (graph and f"no CUDA graph ({graph})", loss and f"no fused loss ({loss})")
+        return ", ".join(filter(None, reasons)) or None
+
+    def forget_step(self):
+        """After a capture that failed: nothing of the step was computed, so nothing of it may stay."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())  # the same scale, and no trace of the step in the scaler
 
     def advance(self, first, last, stop, progress):
         """Takes the steps from `first` up to `last`, or to where a stop is asked for.
@@ -513,13 +531,15 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate  # loading put a copy there, which the step would not move
-        self.scaler.load_state_dict(state["scaler"])
+            group["capturable"] = self.precision.device.type == "cuda"  # the file may be of another device
+        if state["scaler"]:  # there is none, where the run began in another precision
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.precision.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.precision.device)
 
 
-def compiled_blocks(model, precision):
+def compiled_blocks(model, precision, batch_size=1):
     """The model's blocks through torch.compile, or None, with one printed line, where that fails.
 
     Block by block, since they are alike and compile once: the whole model takes three times as long to
@@ -528,7 +548,8 @@ def compiled_blocks(model, precision):
     blocks = [torch.compile(block) for block in model.transformer.h]
     try:  # compilers fail in many ways, all at the first call
         with precision.autocast():
-            x = torch.zeros(1, model.config.block_size, model.config.n_embd, device=precision.device, requires_grad=True)
+            shape = (batch_size, model.config.block_size, model.config.n_embd)
+            x = torch.zeros(shape, device=precision.device, requires_grad=True)
             blocks[0](x, None).sum().backward()
         return blocks
     except Exception as error:
@@ -626,7 +647,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def check_finite(history, taken, first, trainer):
+def check_finite(taken, first, trainer):
     """Stops a run whose loss or gradient is no number; fp16 overflow is the scaler's to skip."""
     scaled = trainer.scaler.is_enabled()
     for offset, (loss, norm) in enumerate(zip(*taken)):
@@ -652,7 +673,9 @@ def check_evaluated(history, trainer):
 
 
 def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, view=None, save_seconds=30.0):
-    """Trains `model` on `data` and returns the history; the weights stay those of the last step.
+    """Trains a model of this shape on `data`, from its seed's initial weights; returns the history.
+
+    `model` then holds the weights of the last step, whatever it held before.
 
     Writes `out_dir/ckpt.pt`, the step with the best validation estimate, and `out_dir/last.pt`; unsaved work is
     at most `save_seconds` of training and one evaluation interval. Called again it goes on from `last.pt`, to
@@ -669,8 +692,10 @@ def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, 
     with StopRequests() as stop:
         history = None
         with contextlib.suppress(torch.OutOfMemoryError):
-            store = RunStore(Path(out_dir), settings, data, save_seconds)
-            history = train_loop(model, data, settings, precision, store, fresh, view or SilentView(), stop)
+            history = train_loop(
+                model, data, settings, precision, RunStore(Path(out_dir), settings, data, save_seconds), fresh,
+                view or SilentView(), stop,
+            )  # fmt: skip
     if history is None:  # out here nothing of the run is held any more, so the same kernel can try smaller values
         model.zero_grad(set_to_none=True)
         gc.collect()
@@ -704,12 +729,12 @@ def train_loop(model, data, settings, precision, store, fresh, view, stop):
             started = time.perf_counter()
             taken = trainer.advance(step, last, stop, view.progress)
             seconds += time.perf_counter() - started
-            check_finite(history, taken, step, trainer)
+            check_finite(taken, step, trainer)
             history["step_loss"] += taken[0]
             history["step_grad_norm"] += taken[1]
             step += len(taken[0])
     store.finish(trainer, history, step, seconds)
-    view.finished(history, step, trainer.graphed_step.reason)
+    view.finished(history, step, trainer.slower_because())
     return history
 
 
@@ -720,18 +745,41 @@ class RunStore:
         self.best_path, self.last_path = folder / "ckpt.pt", folder / "last.pt"
         self.settings, self.data, self.save_seconds = settings, data, save_seconds
         self.unsaved_best, self.saved_step, self.saved_at = None, None, time.monotonic()
+        self.replaces_old = False
 
     def resume(self, trainer, fresh):
         """Puts a saved state into the trainer, or the seed into a new run; returns history, step and seconds."""
         if fresh or not self.last_path.exists():
             trainer.model.load_state_dict(make_model(self.settings, self.data).state_dict())
             torch.manual_seed(self.settings.seed)
+            self.replaces_old = True
             return new_history(), 0, 0.0
-        checkpoint = load_checkpoint(self.last_path)
-        check_same_run(checkpoint, self.settings, self.data, self.last_path)
-        trainer.load_state(checkpoint)
+        checkpoint, best = (self.read(path) for path in (self.last_path, self.best_path))
+        # a best state ahead of the last one is from a kill between the two writes: going on comes past it again
+        if best["iter_num"] <= checkpoint["iter_num"] and best["best_val_loss"] != checkpoint["best_val_loss"]:
+            raise CheckpointError(
+                f"{self.best_path} is not the best state of the run in {self.last_path}: pass fresh=True to train anew, "
+                f"which replaces both, or choose another folder."
+            )
+        try:
+            trainer.load_state(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise unusable(self.last_path) from None
         self.saved_step = checkpoint["iter_num"]
         return checkpoint["history"], checkpoint["iter_num"], checkpoint["seconds"]
+
+    def read(self, path):
+        """A whole checkpoint of this very run. Raises CheckpointError."""
+        checkpoint = load_checkpoint(path)
+        check_same_run(checkpoint, self.settings, self.data, path)
+        dicts, numbers = ("model", "model_args", "optimizer", "scaler", "rng", "history"), ("best_val_loss", "seconds")
+        kinds = {**dict.fromkeys(dicts, dict), **dict.fromkeys(numbers, float), "iter_num": int}
+        whole = all(isinstance(checkpoint.get(part), kind) for part, kind in kinds.items())
+        if not whole or checkpoint["history"].keys() != new_history().keys():
+            raise unusable(path)
+        return checkpoint
 
     def checkpoint(self, trainer, history, step, seconds):
         return {
@@ -753,6 +801,9 @@ class RunStore:
             self.write(trainer, history, step, seconds)
 
     def write(self, trainer, history, step, seconds):
+        if self.replaces_old:  # so that a kill between the two writes leaves no last state of another run
+            self.last_path.unlink(missing_ok=True)
+            self.replaces_old = False
         # the best first: were only it written, going on from the older last would come past it again
         if self.unsaved_best is not None:
             save_checkpoint(self.best_path, self.unsaved_best)
@@ -764,7 +815,7 @@ class RunStore:
         """Writes the best state so far, if training breaks off before it is on the disk."""
         try:
             yield
-        except TrainingError:
+        except (TrainingError, torch.OutOfMemoryError):
             if self.unsaved_best is not None:
                 save_checkpoint(self.best_path, self.unsaved_best)
             raise
@@ -838,8 +889,8 @@ def markdown_table(header, rows):
 class LiveView:
     """One progress line, one growing loss curve and one growing table in a notebook; a bar elsewhere."""
 
-    def __init__(self, title, settings, color):
-        self.title, self.settings, self.color = title, settings, color
+    def __init__(self, data, settings, color):
+        self.title, self.unit, self.settings, self.color = data.title, unit_of(data), settings, color
         self.first, self.started, self.shown_at = 0, None, 0.0
         self.line = self.picture = self.table = self.bar = None
         if in_notebook():
@@ -850,7 +901,7 @@ class LiveView:
             self.picture = display(Markdown(""), display_id=True)
             self.table = display(Markdown(""), display_id=True)
         else:
-            self.bar = tqdm(total=settings.max_iters, desc=title, unit="step")
+            self.bar = tqdm(total=settings.max_iters, desc=self.title, unit="step")
 
     def began(self, step):
         self.first = step
@@ -870,14 +921,14 @@ class LiveView:
             self.bar.set_postfix(val_loss=f"{history['val_loss'][-1]:.4f}")
             return
         figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-        plot_losses(axes, history, self.title, self.color)
+        plot_losses(axes, history, self.title, self.color, self.unit)
         self.picture.update(figure)
         plt.close(figure)
         self.table.update(self.show(markdown_table(*loss_rows(history))))
 
     def finished(self, history, step, reason):
         if reason:
-            print(f"The step ran without a CUDA graph, more slowly but to the same end: {reason}")
+            print(f"The training step ran more slowly, but to the same end: {reason}.")
         if step < self.settings.max_iters:
             state = "interrupted and saved: run this cell again to go on"
         elif self.first == step:
@@ -898,6 +949,8 @@ class LiveView:
     def _say(self, step, text):
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
+            if step == self.settings.max_iters or "interrupted" in text:
+                self.bar.write(f"{self.title}: {text}.")
         else:
             self.line.update(self.show(f"**{self.title}**: step {step:,} of {self.settings.max_iters:,}; {text}."))
 
@@ -911,6 +964,11 @@ def in_notebook():
 
 
 # ------------------------------------------------------------------------------------- runs in the report
+
+
+def unit_of(data):
+    """What one id of a data set stands for."""
+    return {"char": "character", "bytes": "byte"}.get(data.tokenizer.name, "token")
 
 
 @dataclass(frozen=True)
@@ -929,7 +987,7 @@ class Run:
 
     @property
     def unit(self):
-        return "character" if self.data.tokenizer.name == "char" else "token"
+        return unit_of(self.data)
 
     @property
     def steps(self):
@@ -976,23 +1034,24 @@ class Run:
     def load(self, which, device):
         """The model of the `best` or `last` checkpoint."""
         name = {"best": "ckpt.pt", "last": "last.pt"}[which]
-        return load_model(Path(self.folder) / name, device, self.data.vocab_size)
+        path = Path(self.folder) / name
+        check_same_run(load_checkpoint(path), self.settings, self.data, path)  # another process may have written there
+        return load_model(path, device, self.data.vocab_size)
 
 
 class Stopwatch:
     """What took how long: `lap` names the time since the lap before."""
 
     def __init__(self):
-        self.laps, self.began = [], time.perf_counter()
+        self.laps, self.last = {}, time.perf_counter()
 
     def lap(self, name):
-        self.laps.append((name, time.perf_counter() - self.began - sum(seconds for _, seconds in self.laps)))
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
 
     def rows(self):
-        return [(name, f"{seconds:.1f}") for name, seconds in self.laps]
-
-    def total(self):
-        return sum(seconds for _, seconds in self.laps)
+        total = ("all, without start and imports", sum(self.laps.values()))
+        return [(name, f"{seconds:.1f}") for name, seconds in (*self.laps.items(), total)]
 
 
 def score_run(run, device, splits, sliding):
@@ -1020,27 +1079,32 @@ def complete(model, data, prompt, preset, precision, new_tokens=None, seed=1337)
     return data.tokenizer.decode(ids[0].tolist())
 
 
-def share_of_known_words(texts, data):
-    """The share of the words in `texts` that the training text holds too."""
+def share_of_known_words(prompts, texts, data):
+    """The share of the words written after the prompts that the training text holds too."""
     known = set(re.findall(r"[^\W\d_]+", data.tokenizer.decode(data.splits["train"])))
-    words = [word for text in texts for word in re.findall(r"[^\W\d_]+", text)]
+    written = (text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True))
+    words = [word for text in written for word in re.findall(r"[^\W\d_]+", text)]
     return sum(word in known for word in words) / max(1, len(words))
 
 
 def loss_by_position(model, data, split="val", blocks=400):
-    """Mean loss in nats of the four quarters of a block, over so many blocks, evenly spread over a split."""
+    """Mean loss in nats of the four quarters of a block, over blocks that begin a quarter block apart.
+
+    So nearly every token falls once into each quarter, and the quarters are of the same text.
+    """
     block, device = model.config.block_size, next(model.parameters()).device
-    tokens = tokens_on(device, data.splits[split])
-    starts = torch.linspace(0, len(tokens) - block - 1, blocks, device=device).long()
+    quarter = max(1, block // 4)
+    tokens = tokens_on(device, data.splits[split])[: blocks * quarter + block + 1]
+    starts = torch.arange(0, len(tokens) - block, quarter, device=device)
     totals = [0.0] * 4
     with evaluation_mode(model):
         for part in starts.split(max(1, 32768 // block)):
             x, y = get_batch(tokens, part, block)
-            quarters = zip(model.hidden(x).tensor_split(4, dim=1), y.tensor_split(4, dim=1))
-            for index, (states, wanted) in enumerate(quarters):
-                totals[index] += summed_nats(model, states.flatten(0, 1), wanted.flatten()).item()
-    sizes = [part.size(1) for part in torch.empty(1, block).tensor_split(4, dim=1)]
-    return [total / (size * len(starts)) for total, size in zip(totals, sizes)]
+            states = model.hidden(x)
+            for index in range(4):
+                place = slice(index * quarter, (index + 1) * quarter)
+                totals[index] += summed_nats(model, states[:, place].flatten(0, 1), y[:, place].flatten()).item()
+    return [total / (quarter * len(starts)) for total in totals]
 
 
 def most_common(data, count):
@@ -1072,7 +1136,7 @@ def show_table(header, rows):
 
 
 MADE_IN = {
-    "sections 1 and 2": "headline curves clock preset fresh settings_wikitext settings_shakespeare precision",
+    "sections 1 and 2": "headline curves clock preset fresh variant settings_wikitext settings_shakespeare precision",
     "sections 3 and 4": "folder_wikitext folder_shakespeare wikitext shakespeare datasets colors",
     "section 5": "model_wikitext model_shakespeare prompts before",
     "section 7": "history_wikitext run_wikitext",
@@ -1081,25 +1145,30 @@ MADE_IN = {
     "section 11": "best_models after",
     "section 12": "positions",
     "section 13": "top",
-    "section 15, further up": "findings advice literature ours comparable",
+    "section 15, further up": "findings advice published literature ours comparable mine",
 }
 
 
 def explain_errors():
-    """In a notebook, shows this project's errors as their one sentence, and for a name not yet made its section."""
+    """In a notebook, shows an error that this project raises as its one sentence, without a traceback.
+
+    The error for a name not yet made says which section makes it; every other error looks as usual.
+    """
     if not in_notebook():
         return
     sections = {name: section for section, names in MADE_IN.items() for name in names.split()}
+    own = Path(__file__).resolve().parent
 
     def explain(shell, kind, error, trace, tb_offset=None):
         missing = sections.get(getattr(error, "name", None))
         if missing:
             error.args = (f"{error.name} is not made yet: run the cells of {missing} first (a finished training is only loaded).",)
-        plain = missing is not None or not isinstance(error, NameError)
-        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset, exception_only=plain)
+        raised_in = Path(traceback.extract_tb(trace)[-1].filename).resolve().parent
+        plain = missing or isinstance(error, CheckpointError | TrainingError | DataError | ValueError) and raised_in in (own, own / "data")
+        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset, exception_only=bool(plain))
 
     shell = sys.modules["IPython"].get_ipython()
-    shell.set_custom_exc((NameError, CheckpointError, TrainingError, DataError), explain)
+    shell.set_custom_exc((NameError, ValueError, CheckpointError, TrainingError, DataError), explain)
 
 
 def placeholder(text):
@@ -1113,7 +1182,7 @@ def stand_in_notice(datasets):
     """What a reader must know where the real texts could not be had; empty where they could."""
     missing = [data for data in datasets if data.stand_in]
     return missing and (
-        f"**No real data could be had, so this run uses a stand-in: {', '.join(data.title for data in missing)}.** Its figures say "
+        f"**No real data could be had, so this run is on {' and '.join(data.title for data in missing)}.** Its figures say "
         f"nothing about WikiText-2 or Shakespeare, also where a heading names them; `data/README.md` says how to get these."
     )
 
@@ -1151,7 +1220,7 @@ def headline_rows(runs, scores, models):
         ("best validation estimate", *(f"{run.best['val_loss']:.4f} nats a {run.unit}" for run in runs)),
         ("whole split", *(run.final_split for run in runs)),
         ("loss, blocks / sliding", *(f"{a.loss:.4f} / {b.loss:.4f} nats a {run.unit}" for run, a, b in zip(runs, final, sliding))),
-        ("perplexity a word, blocks / sliding", *(f"{a.word_perplexity:.2f} / {b.word_perplexity:.2f}" if w else "not a word model"
+        ("perplexity a word, blocks / sliding", *(f"{a.word_perplexity:.5g} / {b.word_perplexity:.5g}" if w else "not counted by word"
                                                   for a, b, w in zip(final, sliding, words))),
         ("bits a byte, blocks / sliding", *(f"{a.bits_per_byte:.3f} / {b.bits_per_byte:.3f}" for a, b in zip(final, sliding))),
         ("training", *(f"{run.last['seconds']:.1f} s, {tokens_per_second(run.history):,.0f} tokens/s" for run in runs)),
@@ -1162,7 +1231,7 @@ def headline_text(runs, scores, models, precision, preset):
     """What the top of the report says."""
     machine = describe_machine(precision)
     notes = [
-        f"Preset {preset.name} on {machine['device']}, {machine['precision']}, PyTorch {machine['PyTorch']}.",
+        f"Preset {preset.name} on {machine['device']}, with PyTorch {machine['PyTorch']}. Precision: {machine['precision']}.",
         stand_in_notice([run.data for run in runs]) or "",
         *(f"**Partial: {run.title} stopped at step {run.steps:,}.**" for run in runs if run.steps < run.settings.max_iters),
     ]
@@ -1192,11 +1261,11 @@ def write_summary(path, runs, scores, models, precision, findings):
 # -------------------------------------------------------------------------------------------------- figures
 
 
-def plot_losses(axes, history, title, color):
+def plot_losses(axes, history, title, color, unit="token"):
     """Training (solid) and validation (dashed) estimates over the steps."""
     axes.plot(history["iter"], history["train_loss"], color=color, label=f"{title}, training")
     axes.plot(history["iter"], history["val_loss"], color=color, linestyle="--", marker=".", label=f"{title}, validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})")
     axes.legend()
 
 
@@ -1204,7 +1273,7 @@ def learning_curves(runs):
     """Both runs' losses side by side, for the top of the report."""
     figure, panels = plt.subplots(1, len(runs), figsize=(11, 3.4), layout="constrained")
     for axes, run in zip(panels, runs):
-        plot_losses(axes, run.history, run.title, run.color)
+        plot_losses(axes, run.history, run.title, run.color, run.unit)
     return figure
 
 

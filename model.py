@@ -178,7 +178,7 @@ class GPT(nn.Module):
     def loss(self, idx, targets, blocks=None):
         """Mean loss in nats a token, as `forward` gives it, without keeping logits that nobody reads.
 
-        `blocks` stand in for `transformer.h`: the same blocks, compiled.
+        Every target is an id here. `blocks` stand in for `transformer.h`: the same blocks, compiled.
         """
         x, weight, targets = self.hidden(idx, blocks=blocks).flatten(0, 1), self.lm_head.weight, targets.flatten()
         if x.is_cuda and fused_loss_obstacle() is None:
@@ -317,8 +317,8 @@ class GraphedStep:
     fails, `reason` says why and every call stays eager: the results are the same, only slower.
     """
 
-    def __init__(self, step, enabled, generator=None, warmup=3):
-        self.step, self.enabled, self.generator, self.warmup = step, enabled, generator, warmup
+    def __init__(self, step, enabled, generator=None, warmup=3, recover=lambda: None):
+        self.step, self.enabled, self.generator, self.warmup, self.recover = step, enabled, generator, warmup, recover
         self.stream = torch.cuda.Stream() if self.enabled else None
         self.graph, self.reason = None, None
 
@@ -329,6 +329,8 @@ class GraphedStep:
             self._capture()
         if self.graph is not None:
             return self.graph.replay()
+        if not self.enabled:  # the capture has just failed
+            return self.step()
         self.warmup -= 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -345,6 +347,8 @@ class GraphedStep:
             self.graph = graph
         except RuntimeError as error:
             self.enabled, self.reason = False, str(error).splitlines()[0]
+            torch.cuda.synchronize()
+            self.recover()
 
 
 def replay(step, times, device, generator=None):

@@ -35,7 +35,10 @@ def random_data(vocab_size, n_tokens=1_000_000):
 
 
 def plain_loop(settings, data, precision):
-    """The loop that tutorials write: batch from the host, eager step, PyTorch's own loss. Returns its step."""
+    """The loop that tutorials write: batch from the host, eager step, PyTorch's own loss. Returns its step.
+
+    It uses this project's model, whose aligned output layer and fused AdamW favour it over most such loops.
+    """
     model = make_model(settings, data).to(precision.device)
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizers(settings.weight_decay, settings.learning_rate, betas, precision.device.type)
@@ -108,39 +111,43 @@ def ceilings(precision):
     return 2 * size**3 / product, 2 * 4 * length / copy
 
 
-def step_work(settings, model):
+def step_work(settings, model, precision):
     """Least work of one step: matrix FLOPs, and bytes of optimizer, weights' copies and logits."""
     tokens, config = settings.tokens_per_step, model.config
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
     attention = 2 * config.n_layer * config.n_embd * config.block_size / 2  # multiply-adds a token, causal half
     flops = 6 * tokens * (matrices + attention)
     parameters = model.get_num_params(non_embedding=False)
-    return flops, 28 * parameters + 6 * parameters + 4 * 2 * tokens * config.vocab_size
+    width = precision.dtype.itemsize
+    copies = (4 + width) * parameters if width < 4 else 0
+    return flops, 28 * parameters + copies + 4 * width * tokens * config.vocab_size
 
 
 def compare_steps(name, settings, data, precision, rates):
     """A row of the table: the plain step, the project's, and what they are worth."""
-    plain = plain_loop(settings, data, precision)
+    cuda = precision.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     step, rewind, setup, trainer = project_loop(settings, data, precision)
-    steps = min(100 if precision.device.type == "cuda" else 5, settings.eval_interval)
+    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if cuda else "not measured"
+    plain = plain_loop(settings, data, precision)
+    steps = min(100 if cuda else 5, settings.eval_interval)
     for _ in range(3):
         plain()
-    if precision.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     times = {"plain": [], "ours": []}
     for _ in range(ROUNDS):
         for side, one in (("plain", plain), ("ours", step)):
             rewind()
             times[side].append(timed(lambda one=one: [one() for _ in range(steps)], precision) / steps)
     slow, fast = (statistics.median(times[side]) for side in ("plain", "ours"))
-    flops, moved = step_work(settings, trainer.model)
+    flops, moved = step_work(settings, trainer.model, precision)
     floor = flops / rates[0] + moved / rates[1]
-    memory = torch.cuda.max_memory_allocated() / 2**30 if precision.device.type == "cuda" else float("nan")
     ratios = [a / b for a, b in zip(times["plain"], times["ours"], strict=True)]
     return (
         name, f"{slow * 1e3:.2f}", f"{fast * 1e3:.2f}", f"{min(fast for fast in times['ours']) * 1e3:.2f} to {max(times['ours']) * 1e3:.2f}",
         f"{settings.tokens_per_step / fast:,.0f}", f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        f"{flops / fast / rates[0]:.0%}", f"{floor * 1e3:.2f}", f"{floor / fast:.0%}", f"{memory:.2f}", f"{setup:.1f}",
+        f"{flops / fast / rates[0]:.0%}", f"{floor * 1e3:.2f}", f"{floor / fast:.0%}", memory, f"{setup:.1f}",
     ), trainer  # fmt: skip
 
 
@@ -187,26 +194,25 @@ def kind_of(kernel):
     return next(kinds, "all else: norms, GELU, dropout, sums, casts")
 
 
-def print_kernels(trainer, steps=5, shown=16):
-    """Where a step's time goes on the card: by kind, then the longest kernels."""
+def print_kernels(run, units, name, shown=16):
+    """Where the card's time goes in `run()`, a unit of work (a step, a token): by kind, then the longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    trainer.row.zero_()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(steps):
-            trainer.graphed_step()
+        run()
         torch.cuda.synchronize()
     kernels = sorted(recorded.key_averages(), key=lambda kernel: -kernel.device_time_total)
     kinds = {}
     for kernel in kernels:
-        time_and_count = kinds.setdefault(kind_of(kernel.key), [0.0, 0])
-        time_and_count[0] += kernel.device_time_total / steps / 1e3
-        time_and_count[1] += kernel.count // steps
-    rows = [(kind, f"{ms:.2f}", count) for kind, (ms, count) in sorted(kinds.items(), key=lambda item: -item[1][0])]
-    total = [("all kernels", f"{sum(ms for ms, _ in kinds.values()):.2f}", sum(count for _, count in kinds.values()))]
-    print(markdown_table(("kernels of one step", "ms", "launches"), rows + total) + "\n")
-    rows = [(f"{k.device_time_total / steps:.0f}", k.count // steps, k.key[:90]) for k in kernels[:shown]]
-    print(markdown_table(("microseconds", "launches", "kernel"), rows))
+        time_and_count = kinds.setdefault(kind_of(kernel.key), [0.0, 0.0])
+        time_and_count[0] += kernel.device_time_total / units
+        time_and_count[1] += kernel.count / units
+    rows = sorted(((kind, *values) for kind, values in kinds.items()), key=lambda row: -row[1])
+    rows.append(("all kernels", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    print(f"\n{name}:\n")
+    print(markdown_table(("kernels", "microseconds", "launches"), [(kind, f"{us:.0f}", f"{n:.0f}") for kind, us, n in rows]))
+    rows = [(f"{k.device_time_total / units:.1f}", f"{k.count / units:.0f}", k.key[:90]) for k in kernels[:shown]]
+    print("\n" + markdown_table(("microseconds", "launches", "kernel"), rows))
 
 
 def compare_quality(precision, settings, data):
@@ -257,8 +263,11 @@ def main():
     print(markdown_table(("sequences", "plain", "ours", "ratio"), table))
     if cuda:
         for (name, _, _), trainer in zip(runs, trainers, strict=True):
-            print(f"\n{name}:")
-            print_kernels(trainer)
+            trainer.row.zero_()
+            print_kernels(lambda trainer=trainer: [trainer.graphed_step() for _ in range(5)], 5, f"One step of {name}")
+        model = make_model(preset.wikitext2, data).to(precision.device, precision.dtype)
+        prompt = torch.zeros(1, 8, dtype=torch.long, device=precision.device)
+        print_kernels(lambda: model.generate(prompt, new_tokens, 0.8, 40), new_tokens, "One generated token, one sequence")
 
 
 if __name__ == "__main__":

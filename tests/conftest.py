@@ -1,5 +1,7 @@
 """Fixtures of the model, training and evaluation tests: a tiny corpus, tiny settings, and models of both."""
 
+import contextlib
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -95,3 +97,33 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and this machine has none")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def fault(record_property):
+    """`with fault("kill -9"):` around each time a fault is tried; it held if the block raises nothing."""
+
+    @contextlib.contextmanager
+    def attempt(name):
+        held = False
+        try:
+            yield
+            held = True
+        finally:
+            record_property("fault", (name, held))
+
+    return attempt
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The long version of test_faults.py ends with the table of what was tried, as counted."""
+    if os.environ.get("FAULTS_LONG", "0") in ("", "0"):
+        return
+    tried = {}
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, value in report.user_properties:
+            if name == "fault" and report.when == "call":
+                tried.setdefault(value[0], []).append(value[1])
+    rows = [f"| {name} | {len(held)} | {'all' if all(held) else sum(held)} |" for name, held in tried.items()]
+    if rows:
+        terminalreporter.write_line("\n".join(["", "| fault | times tried | held |", "| --- | --- | --- |", *rows]))

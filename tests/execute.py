@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,13 +20,16 @@ def execute(notebook, folder, timeout=None):
 
     What a viewer would stumble over is left out: no timestamps, no widget state, one piece of text a stream.
     """
+    for cell in notebook.cells:  # what an earlier run showed must not stay behind an error
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
     client = NotebookClient(
         notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, timeout=timeout,
         record_timing=False, store_widget_state=False, coalesce_streams=True,
     )  # fmt: skip
     try:
         client.execute()
-    except (CellExecutionError, DeadKernelError) as error:
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         return error
     finally:
         notebook.metadata.pop("widgets", None)
@@ -46,6 +49,8 @@ def main():
     notebook = nbformat.read(ROOT / "test.ipynb", as_version=4)
     started = time.time()
     error = execute(notebook, ROOT)
+    if error is not None and arguments.in_place:
+        output = ROOT / "report-broken-off.ipynb"  # the report stays as it was
     nbformat.write(notebook, output)
     print(f"{output.name} written after {time.time() - started:.0f} s.")
     if error is not None:
