@@ -745,14 +745,12 @@ class RunStore:
         self.best_path, self.last_path = folder / "ckpt.pt", folder / "last.pt"
         self.settings, self.data, self.save_seconds = settings, data, save_seconds
         self.unsaved_best, self.saved_step, self.saved_at = None, None, time.monotonic()
-        self.replaces_old = False
 
     def resume(self, trainer, fresh):
         """Puts a saved state into the trainer, or the seed into a new run; returns history, step and seconds."""
         if fresh or not self.last_path.exists():
             trainer.model.load_state_dict(make_model(self.settings, self.data).state_dict())
             torch.manual_seed(self.settings.seed)
-            self.replaces_old = True
             return new_history(), 0, 0.0
         checkpoint, best = (self.read(path) for path in (self.last_path, self.best_path))
         # a best state ahead of the last one is from a kill between the two writes: going on comes past it again
@@ -801,9 +799,6 @@ class RunStore:
             self.write(trainer, history, step, seconds)
 
     def write(self, trainer, history, step, seconds):
-        if self.replaces_old:  # so that a kill between the two writes leaves no last state of another run
-            self.last_path.unlink(missing_ok=True)
-            self.replaces_old = False
         # the best first: were only it written, going on from the older last would come past it again
         if self.unsaved_best is not None:
             save_checkpoint(self.best_path, self.unsaved_best)

@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 from test_training import CPU, Bomb, Watcher, differences, own_handler, run, saved
 
 import helpers
+from data import fetch as fetching
 from data.dataset import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load
 from data.fetch import DataError, fetch_gpt2
 from data.prepare import ROOT as DATA
@@ -377,7 +378,7 @@ def test_nanogpt_checkpoint_of_another_shape(data, copied, fault, name):
         one_sentence(error, copied / name, "another run", "fresh=True")
 
 
-@pytest.mark.parametrize("name, which", zip(FILES, ("last", "best")))
+@pytest.mark.parametrize("name, which", [("last.pt", "last"), ("ckpt.pt", "best")])
 def test_checkpoint_with_weights_of_another_shape(data, copied, fault, name, which):
     """Only what reads the weights can see it: going on from the last, the report from the best."""
     with fault("foreign file in place of a checkpoint"):
@@ -565,11 +566,11 @@ def disk_fills_while_training(data, folder, finished, fill, clear):
 
 @seeds(5, 50)
 def test_write_that_fails_for_want_of_room(data, finished, tmp_path, monkeypatch, fault, seed):
-    room, real = random.Random(seed).randrange(35_000), tempfile.NamedTemporaryFile
+    room = random.Random(seed).randrange(35_000)
 
     @contextlib.contextmanager
-    def filling(**options):
-        with real(**options) as file:
+    def filling(path, mode):
+        with open(path, mode) as file:
             yield Filling(file, room)
 
     def full(*arguments):
@@ -577,12 +578,47 @@ def test_write_that_fails_for_want_of_room(data, finished, tmp_path, monkeypatch
 
     def fill():
         if seed % 5:
-            monkeypatch.setattr(tempfile, "NamedTemporaryFile", filling)
+            monkeypatch.setattr(fetching, "open", filling, raising=False)
         else:
             monkeypatch.setattr(os, "fsync", full)
 
     with fault("disk full: a write or a flush fails"):
         disk_fills_while_training(data, tmp_path, finished, fill, monkeypatch.undo)
+
+
+def test_disk_that_is_full_when_a_run_starts_over(data, copied, finished, monkeypatch, fault):
+    """The old run's files stay until the new one's are written."""
+
+    @contextlib.contextmanager
+    def filling(path, mode):
+        with open(path, mode) as file:
+            yield Filling(file, 2_000)
+
+    with fault("disk full: a write or a flush fails"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
+            patch.setattr(fetching, "open", filling, raising=False)
+            train(data, copied, fresh=True)
+        assert contents(copied) == contents(finished)
+
+
+def test_failure_of_a_run_that_starts_over(data, copied, finished, fault):
+    """What the failed run leaves is not mixed with the old run: it is refused or trained to the right end."""
+
+    def poison(step):
+        if step == 4:
+            model.lm_head.weight.data[0] = math.nan
+
+    with fault("best checkpoint missing, or of another run"):
+        model = make_model(SETTINGS, data)
+        with pytest.raises(TrainingError):
+            run(model, data, SETTINGS, copied, fresh=True, view=Watcher(poison), save_seconds=1000)
+        try:
+            train(data, copied)
+        except CheckpointError as error:
+            assert "ckpt.pt" in str(error) and "fresh=True" in str(error), error
+            train(data, copied, fresh=True)
+        for name in FILES:
+            assert not differences(saved(copied, name), saved(finished, name))
 
 
 @pytest.fixture
@@ -643,12 +679,12 @@ def test_folder_on_a_disk_that_is_read_only(data, finished, small_disk, fault):
 
 
 def test_folder_without_the_right_to_write(data, copied, finished, monkeypatch, fault):
-    def denied(**options):
+    def denied(path, mode):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with fault("read-only folder, or none that can be made"):
         with monkeypatch.context() as patch, pytest.raises(CheckpointError) as error:
-            patch.setattr(tempfile, "NamedTemporaryFile", denied)
+            patch.setattr(fetching, "open", denied, raising=False)
             train(data, copied, fresh=True)
         one_sentence(error, copied, "Permission denied", "choose another folder")
         assert contents(copied) == contents(finished)
