@@ -947,18 +947,20 @@ def test_the_rate_never_jumps(length, share, peak, ratio, step):
 def test_cuda_out_of_memory_leaves_room_for_a_smaller_batch(cuda, data, tmp_path, fault, dtype):
     """A real one, of a card of which this process may take 1 GiB."""
     precision = Precision(cuda, dtype, "for tests")
-    huge = replace(SETTINGS, batch_size=2**18, eval_iters=1, eval_interval=90)
+    huge = replace(SETTINGS, batch_size=2**19, eval_iters=1, eval_interval=90)
     model = make_model(huge, data)
     with fault("out of memory on the card"):
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(cuda).total_memory, cuda)
+        before = torch.cuda.memory_allocated(cuda)
+        card = torch.cuda.current_device()  # this call takes no device without an index
+        torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(card).total_memory, card)
         try:
             with pytest.raises(TrainingError) as error:
                 run(model, data, huge, tmp_path / "huge", precision=precision)
-            one_sentence(error, f"batch_size {2**18}", "block_size 8", "lower batch_size")
-            held = torch.cuda.memory_allocated(cuda)
-            assert held < 2**26, f"{held / 2**20:.0f} MiB are still held after running out of memory"
+            one_sentence(error, f"batch_size {2**19}", "block_size 8", "lower batch_size")
+            held = torch.cuda.memory_allocated(cuda) - before
+            assert held < 2**28, f"{held / 2**20:.0f} MiB are still held after running out of memory"
             history = run(make_model(SETTINGS, data), data, SETTINGS, tmp_path / "small", precision=precision)
             assert len(history["step_loss"]) == 90
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, cuda)
+            torch.cuda.set_per_process_memory_fraction(1.0, card)

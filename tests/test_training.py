@@ -55,7 +55,7 @@ def differences(a, b, path=""):
         return [line for key in a if key not in TIMES for line in differences(a[key], b[key], f"{path}.{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [line for i in range(len(a)) for line in differences(a[i], b[i], f"{path}[{i}]")]
-    same = type(a) is type(b) and (a == b or a != a and b != b)  # nan is the same as nan
+    same = type(a) is type(b) and (a == b or repr(a) == repr(b) == "nan")
     return [] if same else [f"{path}: {a!r} and {b!r}"]
 
 
