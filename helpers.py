@@ -14,6 +14,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -715,6 +716,8 @@ def train_loop(model, data, settings, precision, store, fresh, view, stop):
         torch.cuda.reset_peak_memory_stats(precision.device)
     trainer = Trainer(model, data, settings, precision)
     history, step, seconds = store.resume(trainer, fresh)
+    if step < settings.max_iters:
+        store.check_writable()
     view.began(step)
     with store.keeping_best():
         while True:
@@ -767,6 +770,18 @@ class RunStore:
             raise unusable(self.last_path) from None
         self.saved_step = checkpoint["iter_num"]
         return checkpoint["history"], checkpoint["iter_num"], checkpoint["seconds"]
+
+    def check_writable(self):
+        """Fails before the first step, not at the first save. Raises CheckpointError."""
+        folder = self.last_path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"room for at least this")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.last_path} cannot be written ({error.strerror}): free disk space or choose another folder."
+            ) from None
 
     def read(self, path):
         """A whole checkpoint of this very run. Raises CheckpointError."""

@@ -477,6 +477,14 @@ def test_a_crash_loses_only_what_was_not_yet_written(unbroken, corpus, settings,
         assert not differences(saved(folder, name), saved(unbroken, name), name)
 
 
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_step(corpus, settings, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("a step was trained for nothing"))
+    with pytest.raises(CheckpointError, match="another folder") as error:
+        run(make_model(settings, corpus), corpus, settings, tmp_path / "file" / "out")
+    assert str(tmp_path / "file" / "out") in str(error.value), error.value
+
+
 def test_a_run_that_wrote_nothing_starts_over_from_its_seed(unbroken, corpus, settings, tmp_path):
     """Also with the model in memory that was trained a little before the run broke off."""
 
@@ -488,7 +496,7 @@ def test_a_run_that_wrote_nothing_starts_over_from_its_seed(unbroken, corpus, se
     again = make_model(settings, corpus)
     with pytest.raises(MemoryError):
         run(again, corpus, settings, folder, view=Watcher(crash), save_seconds=1000)
-    assert not folder.exists()
+    assert not list(folder.iterdir()), "a checkpoint of a run that never saved"
     run(again, corpus, settings, folder)
     gaps = differences(saved(folder), saved(unbroken))
     assert not gaps, gaps[:3]
