@@ -390,7 +390,11 @@ def load_checkpoint(path):
 
 def load_model(path, device="cpu", vocab_size=None):
     """The model saved in a checkpoint of this project or of nanoGPT, in eval mode. Raises CheckpointError."""
-    checkpoint = load_checkpoint(path)
+    return model_of(load_checkpoint(path), path, device, vocab_size)
+
+
+def model_of(checkpoint, path, device, vocab_size):
+    """The model in a checkpoint that was read from `path`."""
     try:
         model = GPT(GPTConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
@@ -1045,8 +1049,9 @@ class Run:
         """The model of the `best` or `last` checkpoint."""
         name = {"best": "ckpt.pt", "last": "last.pt"}[which]
         path = Path(self.folder) / name
-        check_same_run(load_checkpoint(path), self.settings, self.data, path)  # another process may have written there
-        return load_model(path, device, self.data.vocab_size)
+        checkpoint = load_checkpoint(path)
+        check_same_run(checkpoint, self.settings, self.data, path)  # another process may have written there
+        return model_of(checkpoint, path, device, self.data.vocab_size)
 
 
 class Stopwatch:
@@ -1070,10 +1075,10 @@ def score_run(run, device, splits, sliding):
     All `splits` that the data set has are scored in blocks, those in `sliding` also by windows that move on by
     a quarter block.
     """
-    scores, stride = {}, max(1, run.settings.block_size // 4)
+    best, scores, strides = run.load("best", device), {}, {"blocks": None, "sliding": max(1, run.settings.block_size // 4)}
     for split in (split for split in splits if split in run.data.splits):
         for method in ("blocks", "sliding") if split in sliding else ("blocks",):
-            scores["best", split, method] = score_split(run.load("best", device), run.data, split, stride if method == "sliding" else None)
+            scores["best", split, method] = score_split(best, run.data, split, strides[method])
     if run.best["iter"] == run.steps:  # both checkpoints hold the same weights
         return scores | {("last", *key[1:]): score for key, score in scores.items()}
     last = run.load("last", device)

@@ -279,7 +279,7 @@ class Cache:
     """Keys and values of one block: a tensor (B, S, 2, H, D) a layer, and the causal mask (S, S) to add to scores."""
 
     def __init__(self, config, batch_size, weight):
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+        dtype = computing_dtype(weight)
         size, heads = config.block_size, config.n_head
         shape = (batch_size, size, 2, heads, config.n_embd // heads)
         self.layers = [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.n_layer)]
@@ -364,14 +364,18 @@ def replay(step, times, device, generator=None):
 # once more to overwrite it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
 
 
+def computing_dtype(weight):
+    """The type in which a product with `weight` is computed: autocast's on CUDA where it is on, else its own."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+
+
 def aligned(weight):
     """A matrix (V, C) in autocast's type, with zero rows up to a multiple of 64.
 
     Tensor cores multiply several times slower where rows of the product begin at odd addresses.
     """
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
     rows, columns = weight.shape
-    padded = torch.zeros(rows + -rows % 64, columns, dtype=dtype, device=weight.device)
+    padded = torch.zeros(rows + -rows % 64, columns, dtype=computing_dtype(weight), device=weight.device)
     padded[:rows] = weight
     return padded
 
