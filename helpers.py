@@ -25,10 +25,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.fetch import DataError, replacing
-from model import GPT, GPTConfig, GraphedStep, fused_loss_obstacle
+from model import GPT, GPTConfig, GraphedStep, Muon, fused_loss_obstacle, turns
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -44,12 +45,18 @@ class Settings:
     n_embd: int = 384
     dropout: float = 0.1
     bias: bool = True
+    rotary: bool = False  # this and the next four: see GPTConfig
+    qk_norm: bool = False
+    rms_norm: bool = False
+    squared_relu: bool = False
+    token_dropout: float = 0.0
     learning_rate: float = 1e-3  # peak, reached after the warm-up
     min_lr: float = 1e-4  # floor, reached when the last step is done
     decay_lr: bool = True  # cosine from the peak to the floor; False: the peak throughout
     max_iters: int = 5000  # optimizer steps
     warmup_iters: int = 200
     weight_decay: float = 0.1  # on matrices only
+    muon_factor: float = 0.0  # Muon moves the blocks' matrices, at a rate so many times higher; 0: AdamW does
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
@@ -70,12 +77,12 @@ class Settings:
             _require(value >= 1, field, self, "a whole number of at least 1")
         for field in ("learning_rate", "min_lr"):
             _require(0 < getattr(self, field) < math.inf, field, self, "a number above 0")
-        for field in ("weight_decay", "grad_clip"):
+        for field in ("weight_decay", "grad_clip", "muon_factor"):
             _require(0 <= getattr(self, field) < math.inf, field, self, "a number of at least 0")
         for field in ("warmup_iters", "seed"):
             value = getattr(self, field)
             _require(0 <= value < 2**32, field, self, "a whole number from 0 to 2**32 - 1")
-        for field in ("beta1", "beta2", "dropout"):
+        for field in ("beta1", "beta2", "dropout", "token_dropout"):
             _require(0 <= getattr(self, field) < 1, field, self, "a number of at least 0 and below 1")
         _require(self.min_lr <= self.learning_rate, "min_lr", self, f"at most learning_rate {self.learning_rate}")
         self.model_config(vocab_size=1)
@@ -220,13 +227,16 @@ def get_lr(step, settings):
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
-def summed_nats(model, x, targets):
-    """Total cross-entropy, in nats, of hidden states (N, C) against targets (N,), in float64."""
-    rows = 8192  # what a card of a few GB holds logits for
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for states, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-        total += model.summed_nats(states, wanted)
-    return total
+def nats_of(model, x, targets, words=None, places=None):
+    """Cross-entropy in nats (N,) of hidden states (N, C) against targets (N,).
+
+    With `words`, among the tokens that may follow at `places` (N,) in that tree of words.
+    """
+    if words is None:
+        rows = 8192  # what a card of a few GB holds logits for
+        return torch.cat([model.nats(*part) for part in zip(x.split(rows), targets.split(rows), strict=True)])
+    parts = zip(*(values.split(2048) for values in (x, targets, places)), strict=True)
+    return torch.cat([words.nats(model.head(states).float(), wanted, at) for states, wanted, at in parts])
 
 
 @contextlib.contextmanager
@@ -250,7 +260,7 @@ def estimate_loss(model, tokens, settings, precision):
     with evaluation_mode(model), precision.autocast():
         for part in starts.split(max(1, 16384 // settings.block_size)):
             x, y = get_batch(tokens, part, settings.block_size)
-            total += summed_nats(model, model.hidden(x).flatten(0, 1), y.flatten())
+            total += nats_of(model, model.hidden(x).flatten(0, 1), y.flatten()).sum(dtype=torch.float64)
     return total.item() / (len(starts) * settings.block_size)
 
 
@@ -283,30 +293,151 @@ class Score:
         return math.exp(self.nats / self.words) if self.words else None
 
 
-def score_split(model, data, split, stride=None):
-    """Scores every token of a split exactly once, in float32; returns a Score.
+def score_split(model, data, split, stride=None, words=None):
+    """Scores every token of a split exactly once, in float32; returns a Score. See `token_nats`."""
+    return score_of(token_nats(model, data, split, stride, words), data, split)
+
+
+def score_of(nats, data, split):
+    return Score(nats.sum(dtype=torch.float64).item(), len(nats), data.bytes[split], data.words.get(split))
+
+
+def token_nats(model, data, split, stride=None, words=None):
+    """Nats (N,) of each of a split's tokens, in order.
 
     Without a stride, in non-overlapping blocks: a block's first token sees only the last token before it. With
     one, in windows that move on by `stride` tokens, so that each token sees at least block - stride others.
-    The split's first token is predicted from a line end.
+    The split's first token is predicted from a line end. `words`, a WordTree, leaves only its words to choose from.
     """
-    block = model.config.block_size
-    device = next(model.parameters()).device
+    device, block = next(model.parameters()).device, model.config.block_size
+    inputs, tokens, windows = scoring_windows(data, split, block, stride, device)
+    places = words.places(data, split).to(device) if words else None
+    with evaluation_mode(model):
+        return torch.cat([
+            nats_of(model, model.hidden(inputs[inside])[scored], tokens[inside][scored], words, words and places[inside][scored])
+            for inside, scored in windows
+        ])  # fmt: skip
+
+
+def scoring_windows(data, split, block, stride, device):
+    """The tokens before (N,) and at (N,) each place of a split, and windows over them, some at a time.
+
+    A window is the places (B, T) that it sees, and a mask (B, T) of those that it scores.
+    """
     tokens = tokens_on(device, data.splits[split]).long()
     inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])  # inputs[i] precedes tokens[i]
     stride = block if stride is None else stride
     if not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: give a number of tokens from 1 to the block's {block}.")
-    firsts = torch.arange(0, len(tokens), stride, device=device)  # first target of each window
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    with evaluation_mode(model):
-        for part in firsts.split(max(1, 32768 // block)):
+
+    def windows():
+        for part in torch.arange(0, len(tokens), stride, device=device).split(max(1, 32768 // block)):
             starts = (part - (block - stride)).clamp(min=0)
             positions = starts[:, None] + torch.arange(block, device=device)
             scored = (positions >= part[:, None]) & (positions < (part + stride).clamp(max=len(tokens))[:, None])
-            inside = positions.clamp(max=len(tokens) - 1)  # what overhangs the end is never seen: causal
-            total += summed_nats(model, model.hidden(inputs[inside])[scored], tokens[inside][scored])
-    return Score(total.item(), len(tokens), data.bytes[split], data.words.get(split))
+            yield positions.clamp(max=len(tokens) - 1), scored  # what overhangs the end is never seen: causal
+
+    return inputs, tokens, windows()
+
+
+def mixed(nats):
+    """Nats (N,) a token of an ensemble that averages its members' probabilities; `nats` (M, N) are theirs."""
+    return math.log(len(nats)) - torch.logsumexp(-nats.double(), dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class WordTree:
+    """The words of a training split, as a tree of tokens that says which token may come next.
+
+    Published WikiText-2 models choose among the 33,278 words of its vocabulary, line end and `<unk>` included.
+    So does a model of word pieces whose probabilities are shared out anew among the pieces that go on to one of
+    these words. A word is a token that begins with a space, and those after it that do not.
+    """
+
+    first: torch.Tensor  # (R,) tokens that begin a word
+    inner: torch.Tensor  # (nodes, K) tokens that go on from a node, filled up with -1
+    ends: torch.Tensor  # (nodes,) whether a word may be complete there
+    nodes: dict  # from a word's first tokens, a tuple, to its node; () is between words
+
+    @classmethod
+    def of(cls, data, device):
+        words = {tuple(word) for word in split_words(data, "train")}
+        following = {(): set()}
+        for word in words:
+            for length in range(1, len(word)):
+                following.setdefault(word[:length], set()).add(word[length])
+            following.setdefault(word, set())
+        inner = torch.full((len(following), max(map(len, following.values()))), -1)
+        for node, tokens in enumerate(following.values()):
+            inner[node, : len(tokens)] = torch.tensor(sorted(tokens), dtype=torch.int64)
+        ends = torch.tensor([not prefix or prefix in words for prefix in following])
+        first = torch.tensor(sorted({word[0] for word in words}))
+        nodes = {prefix: node for node, prefix in enumerate(following)}
+        return cls(first.to(device), inner.to(device), ends.to(device), nodes)
+
+    def places(self, data, split):
+        """The node (N,) at which each token of a split is chosen. Raises ValueError for a word that is not in the tree."""
+        places = []
+        for word in split_words(data, split):
+            if word not in self.nodes or not self.ends[self.nodes[word]]:
+                raise ValueError(f"{data.tokenizer.decode(word)!r} of the {split} split is not a word of the tree: score without it.")
+            places += [0] + [self.nodes[word[:length]] for length in range(1, len(word))]
+        return torch.tensor(places)
+
+    def nats(self, logits, targets, places):
+        """Nats (N,) of targets (N,), by logits (N, V) of the tokens that may come next at `places` (N,)."""
+        inner = self.inner[places]
+        within = logits.gather(1, inner.clamp(min=0)).masked_fill(inner < 0, -math.inf)
+        between = logits[:, self.first].logsumexp(1).masked_fill(~self.ends[places], -math.inf)
+        total = torch.cat([within, between[:, None]], dim=1).logsumexp(1)
+        return total - logits.gather(1, targets[:, None])[:, 0]
+
+
+def split_words(data, split):
+    """A split's words, each a tuple of tokens."""
+    begins = np.array([data.tokenizer.decode([token]).startswith(" ") for token in range(data.vocab_size)])
+    tokens = np.asarray(data.splits[split])
+    starts = np.flatnonzero(begins[tokens])
+    return [tuple(word.tolist()) for word in np.split(tokens, starts[starts > 0])]
+
+
+def dynamic_nats(model, data, split, stride, rate, words=None, decay=0.0):
+    """Nats (N,) of each token of a split by a copy of the model that learns as it reads (Krause et al. 2018).
+
+    A window's last `stride` tokens are scored, and only then learnt from.
+    """
+    device, block = next(model.parameters()).device, model.config.block_size
+    model = copy.deepcopy(model).eval()
+    parameters = list(model.parameters())
+    origin = [p.detach().clone() for p in parameters]
+    tokens = tokens_on(device, data.splits[split]).long()
+    length = len(tokens)
+    inputs = F.pad(torch.cat([tokens.new_tensor([data.first_context]), tokens]), (0, block))
+    tokens, places = F.pad(tokens, (0, block)), F.pad(words.places(data, split).to(device), (0, block)) if words else None
+    parts = torch.arange(0, length, stride, device=device)
+    nats = torch.zeros(len(parts), stride, device=device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.0, 0.999), eps=1e-8, fused=True, capturable=device.type == "cuda")
+
+    def step():
+        begin = parts[row]
+        start = (begin - (block - stride)).clamp(min=0)
+        scored = begin + torch.arange(stride, device=device)
+        x = model.hidden(inputs[start + torch.arange(block, device=device)][None])[0][scored - start]
+        logits, wanted = model.head(x).float(), tokens[scored]
+        own = words.nats(logits, wanted, places[scored]) if words else F.cross_entropy(logits, wanted, reduction="none")
+        nats.index_copy_(0, row, own.detach()[None])
+        (own * (scored < length)).mean().backward()
+        optimizer.step()
+        if decay:
+            torch._foreach_lerp_([p.data for p in parameters], origin, decay)
+        optimizer.zero_grad(set_to_none=True)
+        row.add_(1)
+
+    graphed = GraphedStep(step, enabled=device.type == "cuda")
+    for _ in range(len(parts)):
+        graphed()
+    return nats.flatten()[:length]
 
 
 def score_baselines(data, split):
@@ -448,7 +579,11 @@ class Trainer:
         self.tokens = {name: tokens_on(device, data.splits[name]) for name in ("train", "val")}
         self.rate = torch.zeros((), device=device)
         betas = (settings.beta1, settings.beta2)
-        self.optimizer = model.configure_optimizers(settings.weight_decay, self.rate, betas, device.type)
+        matrices = model.block_matrices() if settings.muon_factor else []
+        adamw = model.configure_optimizers(settings.weight_decay, self.rate, betas, device.type, leave_out=matrices)
+        self.optimizers = {"optimizer": adamw}
+        if matrices:
+            self.optimizers["muon"] = Muon(matrices, self.rate, settings.muon_factor, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         shape = (rows, settings.gradient_accumulation_steps, settings.batch_size)
         self.starts = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -467,7 +602,7 @@ class Trainer:
 
     def step(self):
         passes = self.settings.gradient_accumulation_steps
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.rate.copy_(self.rates[self.row][0])
         starts = self.starts[self.row][0]
         total = torch.zeros_like(self.rate)
@@ -477,9 +612,11 @@ class Trainer:
                 loss = self.model.loss(x, y, self.blocks) / passes
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
         norm = clip_gradients(self.model.parameters(), self.settings.grad_clip)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.losses.index_copy_(0, self.row, total[None])
         self.norms.index_copy_(0, self.row, norm[None])
@@ -495,7 +632,7 @@ class Trainer:
 
     def forget_step(self):
         """After a capture that failed: nothing of the step was computed, so nothing of it may stay."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self.scaler.update(self.scaler.get_scale())  # the same scale, and no trace of the step in the scaler
 
@@ -523,7 +660,7 @@ class Trainer:
         cuda = self.precision.device.type == "cuda"
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "rng": {
                 "cpu": torch.get_rng_state(),
@@ -533,10 +670,12 @@ class Trainer:
 
     def load_state(self, state):
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate  # loading put a copy there, which the step would not move
-            group["capturable"] = self.precision.device.type == "cuda"  # the file may be of another device
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate  # loading put a copy there, which the step would not move
+                if "capturable" in group:
+                    group["capturable"] = self.precision.device.type == "cuda"  # the file may be of another device
         if state["scaler"]:  # there is none, where the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
@@ -555,7 +694,8 @@ def compiled_blocks(model, precision, batch_size=1):
         with precision.autocast():
             shape = (batch_size, model.config.block_size, model.config.n_embd)
             x = torch.zeros(shape, device=precision.device, requires_grad=True)
-            blocks[0](x, None).sum().backward()
+            by = turns(torch.arange(x.size(1), device=x.device), x.size(2) // model.config.n_head) if model.config.rotary else None
+            blocks[0](x, by, None).sum().backward()
         return blocks
     except Exception as error:
         print(f"Training runs uncompiled, a little slower: {type(error).__name__} from torch.compile.")
@@ -1118,7 +1258,7 @@ def loss_by_position(model, data, split="val", blocks=400):
             states = model.hidden(x)
             for index in range(4):
                 place = slice(index * quarter, (index + 1) * quarter)
-                totals[index] += summed_nats(model, states[:, place].flatten(0, 1), y[:, place].flatten()).item()
+                totals[index] += nats_of(model, states[:, place].flatten(0, 1), y[:, place].flatten()).sum().item()
     return [total / (quarter * len(starts)) for total in totals]
 
 

@@ -30,6 +30,11 @@ class GPTConfig:
     n_embd: int = 384  # channels of the residual stream
     dropout: float = 0.1  # probability, on embeddings, attention weights and block outputs
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
+    rotary: bool = False  # positions as turns of queries and keys (Su et al. 2021), instead of an embedding
+    qk_norm: bool = False  # queries and keys of unit mean square (Henry et al. 2020)
+    rms_norm: bool = False  # norms without mean and weights (Zhang and Sennrich 2019), instead of layer norms
+    squared_relu: bool = False  # in place of GELU (So et al. 2021)
+    token_dropout: float = 0.0  # probability that a whole token is hidden from the input (Gal and Ghahramani 2016)
 
     def __post_init__(self):
         for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -40,8 +45,33 @@ class GPTConfig:
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: every head needs the same "
                 f"number of channels, so choose n_embd as a multiple of n_head."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: give a probability of at least 0 and below 1.")
+        if self.rotary and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"A head has {self.n_embd // self.n_head} channels: rotary positions turn them in pairs, so choose "
+                f"n_embd as an even multiple of n_head."
+            )
+        for field in ("dropout", "token_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: give a probability of at least 0 and below 1.")
+
+
+def turns(positions, channels):
+    """Cosines and sines (2, T, 1, D / 2) by which rotary embedding turns the channel pairs at positions (T,)."""
+    speeds = 10_000.0 ** -torch.linspace(0, 1, channels // 2, device=positions.device)
+    angles = positions[:, None, None].float() * speeds
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def turn(x, by):
+    """Turns channel pairs of x (B, T, H, D) by `turns`."""
+    (cos, sin), (a, b) = by, x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+def norm(config):
+    if config.rms_norm:
+        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -49,15 +79,17 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, past=None):
+    def forward(self, x, by=None, past=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        if self.qk_norm or by is not None:
+            qkv = torch.stack([*(self.placed(part, by) for part in qkv[:, :, :2].unbind(2)), qkv[:, :, 2]], dim=2)
         if past is None:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
             dropout = self.dropout if self.training else 0.0
@@ -69,18 +101,26 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
+    def placed(self, x, by):
+        """Queries or keys (B, T, H, D), normalised and turned to their positions."""
+        if self.qk_norm:
+            x = F.rms_norm(x, x.shape[-1:]).type_as(x)
+        return x if by is None else turn(x, by)
+
 
 class MLP(nn.Module):
     """Position-wise feed-forward network, four times as wide inside."""
 
     def __init__(self, config):
         super().__init__()
+        self.squared_relu = config.squared_relu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        x = self.c_fc(x)
+        return self.dropout(self.c_proj(F.relu(x).square() if self.squared_relu else F.gelu(x)))
 
 
 class Block(nn.Module):
@@ -88,13 +128,13 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, past=None):
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x, by=None, past=None):
+        x = x + self.attn(self.ln_1(x), by, past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -110,9 +150,11 @@ class GPT(nn.Module):
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=norm(config),
             )
         )
+        if config.rotary:
+            del self.transformer["wpe"]
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied (Press and Wolf 2017)
         self.apply(self._init_weights)
@@ -134,14 +176,20 @@ class GPT(nn.Module):
         The token embedding counts, since the tied output layer uses it.
         """
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        return total - self.transformer.wpe.weight.numel() if non_embedding and not self.config.rotary else total
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def block_matrices(self):
+        """The weights of the blocks' linear layers: what Muon is for."""
+        return [parameter for parameter in self.transformer.h.parameters() if parameter.dim() == 2]
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, leave_out=()):
         """AdamW (Loshchilov and Hutter 2019) in PyTorch's fused form; only matrices decay, not biases and norms.
 
-        `learning_rate` may be a tensor, so that a captured step reads a rate that changes.
+        `learning_rate` may be a tensor, so that a captured step reads a rate that changes. What `leave_out`
+        holds, another optimizer moves.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        others = {id(parameter) for parameter in leave_out}
+        parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in others]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -158,13 +206,19 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{idx.size(1)} tokens do not fit a block of {self.config.block_size}: crop the input to the block."
             )
-        places = self.transformer.wpe.weight[: idx.size(1)] if positions is None else self.transformer.wpe(positions)
+        places = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
         # sparse: the gradient of the batch's few rows is added to the output layer's dense one, in place
-        tokens = F.embedding(idx, self.transformer.wte.weight, sparse=True)
-        x = self.transformer.drop(tokens + places)
+        x, by = F.embedding(idx, self.transformer.wte.weight, sparse=True), None
+        if self.config.token_dropout and self.training:
+            x = x * F.dropout(torch.ones_like(x[..., :1]), self.config.token_dropout)
+        if self.config.rotary:
+            by = turns(places, self.config.n_embd // self.config.n_head)
+        else:
+            x = x + (self.transformer.wpe.weight[: idx.size(1)] if positions is None else self.transformer.wpe(positions))
+        x = self.transformer.drop(x)
         mask = None if cache is None else cache.mask[positions]
         for layer, block in enumerate(blocks or self.transformer.h):
-            x = block(x, None if cache is None else (cache.layers[layer], positions, mask))
+            x = block(x, by, None if cache is None else (cache.layers[layer], positions, mask))
         return self.transformer.ln_f(x)
 
     def output_weight(self):
@@ -188,15 +242,14 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(x).float(), targets)
 
     @torch.no_grad()
-    def summed_nats(self, x, targets):
-        """Total cross-entropy in nats of residual streams (N, C) against targets (N,), for evaluation."""
+    def nats(self, x, targets):
+        """Cross-entropy in nats (N,) of residual streams (N, C) against targets (N,), for evaluation."""
         if x.is_cuda and fused_loss_obstacle() is None:
-            logits = F.linear(x, self.output_weight())
-            return row_losses(logits, targets, self.config.vocab_size)[0].sum(dtype=torch.float64)
+            return row_losses(F.linear(x, self.output_weight()), targets, self.config.vocab_size)[0]
         if not x.is_cuda:
             chunks = logit_chunks(x, self.lm_head.weight, targets)
-            return sum(F.cross_entropy(z, wanted, reduction="sum").double() for z, wanted, _ in chunks)
-        return F.cross_entropy(self.head(x).float(), targets, reduction="sum")
+            return torch.cat([F.cross_entropy(z, wanted, reduction="none") for z, wanted, _ in chunks])
+        return F.cross_entropy(self.head(x).float(), targets, reduction="none")
 
     def forward(self, idx, targets=None):
         """Token ids (B, T) and, if given, the next ids (B, T), -1 where none is to be predicted.
@@ -273,6 +326,68 @@ class GPT(nn.Module):
             append(self(tokens[:, :length])[0])
         replay(from_window, wanted - max(known, min(block, wanted)), idx.device, sample.generator)
         return tokens
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024), with decoupled decay, for matrices (rows, columns).
+
+    PyTorch's own Muon reads the rate on the host, so no CUDA graph can hold its step, and takes matrix after
+    matrix; this one takes those of a size together. `lr` is a tensor on the matrices' device, and `factor` says
+    how much higher their rate is. Queries, keys and values count as three matrices.
+    """
+
+    _step_supports_amp_scaling = True  # so that a scaler does not ask the device for a value
+
+    def __init__(self, matrices, lr, factor, weight_decay, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, factor=factor, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        gradients, momenta = [m.grad for m in matrices], [self.state[m]["momentum"] for m in matrices]
+        overflow = getattr(self, "found_inf", None)
+        if overflow is not None:  # fp16: such a step leaves everything as it is
+            gradients = [torch.where(overflow > 0, momentum, g) for g, momentum in zip(gradients, momenta)]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        rate = group["lr"] * group["factor"]
+        if overflow is not None:
+            rate = rate * (overflow == 0)
+        torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+        by_size = {}
+        for matrix, direction in zip(matrices, ahead, strict=True):
+            pieces = wide(direction)
+            by_size.setdefault(pieces.shape[1:], []).append((wide(matrix), pieces, max(1, matrix.size(0) / matrix.size(1))))
+        for parts in by_size.values():
+            targets, pieces, ratios = zip(*parts, strict=True)
+            updates = orthogonal(torch.cat(pieces)).split([len(piece) for piece in pieces])
+            for target, update, ratio in zip(targets, updates, ratios, strict=True):
+                target.sub_(update * (rate * ratio**0.5 if len(target) == 1 else rate))
+
+
+def wide(matrix):
+    """Views (n, rows, columns) of a matrix with at most as many rows as columns: three squares, or one transposed."""
+    rows, columns = matrix.shape
+    if rows == 3 * columns:
+        return matrix.view(3, columns, columns)
+    return matrix[None] if rows <= columns else matrix.t()[None]
+
+
+def orthogonal(matrices):
+    """Matrices (n, rows, columns), rows <= columns, with all singular values brought near 1.
+
+    Five Newton-Schulz steps with the coefficients of Jordan et al. (2024); in bf16 on CUDA.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.to(matrices.dtype)
 
 
 class Cache:
