@@ -45,11 +45,12 @@ class Settings:
     n_embd: int = 384
     dropout: float = 0.1
     bias: bool = True
-    rotary: bool = False  # this and the next four: see GPTConfig
+    rotary: bool = False  # this and the next five: see GPTConfig
     qk_norm: bool = False
     rms_norm: bool = False
     squared_relu: bool = False
-    token_dropout: float = 0.0
+    pointer: bool = False
+    head_dropout: float = 0.0
     learning_rate: float = 1e-3  # peak, reached after the warm-up
     min_lr: float = 1e-4  # floor, reached when the last step is done
     decay_lr: bool = True  # cosine from the peak to the floor; False: the peak throughout
@@ -82,7 +83,7 @@ class Settings:
         for field in ("warmup_iters", "seed"):
             value = getattr(self, field)
             _require(0 <= value < 2**32, field, self, "a whole number from 0 to 2**32 - 1")
-        for field in ("beta1", "beta2", "dropout", "token_dropout"):
+        for field in ("beta1", "beta2", "dropout", "head_dropout"):
             _require(0 <= getattr(self, field) < 1, field, self, "a number of at least 0 and below 1")
         _require(self.min_lr <= self.learning_rate, "min_lr", self, f"at most learning_rate {self.learning_rate}")
         self.model_config(vocab_size=1)
@@ -227,16 +228,22 @@ def get_lr(step, settings):
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
-def nats_of(model, x, targets, words=None, places=None):
-    """Cross-entropy in nats (N,) of hidden states (N, C) against targets (N,).
+def nats_of(model, idx, targets, chosen=None, words=None, places=None):
+    """Cross-entropy in nats (N,) of the targets (B, T) behind windows `idx` (B, T): of all, or where `chosen` (B, T) is true.
 
-    With `words`, among the tokens that may follow at `places` (N,) in that tree of words.
+    With `words`, among the tokens that may follow at `places` (B, T) in that tree of words.
     """
-    if words is None:
-        rows = 8192  # what a card of a few GB holds logits for
-        return torch.cat([model.nats(*part) for part in zip(x.split(rows), targets.split(rows), strict=True)])
-    parts = zip(*(values.split(2048) for values in (x, targets, places)), strict=True)
-    return torch.cat([words.nats(model.head(states).float(), wanted, at) for states, wanted, at in parts])
+    x = model.hidden(idx)
+
+    def pick(part):
+        return part.flatten(0, 1) if chosen is None else part[chosen]
+
+    rows = [pick(part) for part in (x, targets, *(model.copies(x, idx) or ()))]
+    if words is None:  # as many rows together as a card of a few GB holds logits for
+        parts = zip(*(part.split(8192) for part in rows), strict=True)
+        return torch.cat([model.nats(states, wanted, copies or None) for states, wanted, *copies in parts])
+    parts = zip(*(part.split(2048) for part in (pick(places), *rows)), strict=True)
+    return torch.cat([words.nats(model.head(states, copies=copies or None).float(), wanted, at) for at, states, wanted, *copies in parts])
 
 
 @contextlib.contextmanager
@@ -260,7 +267,7 @@ def estimate_loss(model, tokens, settings, precision):
     with evaluation_mode(model), precision.autocast():
         for part in starts.split(max(1, 16384 // settings.block_size)):
             x, y = get_batch(tokens, part, settings.block_size)
-            total += nats_of(model, model.hidden(x).flatten(0, 1), y.flatten()).sum(dtype=torch.float64)
+            total += nats_of(model, x, y).sum(dtype=torch.float64)
     return total.item() / (len(starts) * settings.block_size)
 
 
@@ -314,8 +321,7 @@ def token_nats(model, data, split, stride=None, words=None):
     places = words.places(data, split).to(device) if words else None
     with evaluation_mode(model):
         return torch.cat([
-            nats_of(model, model.hidden(inputs[inside])[scored], tokens[inside][scored], words, words and places[inside][scored])
-            for inside, scored in windows
+            nats_of(model, inputs[inside], tokens[inside], scored, words, words and places[inside]) for inside, scored in windows
         ])  # fmt: skip
 
 
@@ -423,8 +429,11 @@ def dynamic_nats(model, data, split, stride, rate, words=None, decay=0.0):
         begin = parts[row]
         start = (begin - (block - stride)).clamp(min=0)
         scored = begin + torch.arange(stride, device=device)
-        x = model.hidden(inputs[start + torch.arange(block, device=device)][None])[0][scored - start]
-        logits, wanted = model.head(x).float(), tokens[scored]
+        idx = inputs[start + torch.arange(block, device=device)][None]
+        x, place = model.hidden(idx), scored - start
+        copies = model.copies(x, idx)
+        logits = model.head(x[0, place], copies=copies and tuple(part[0, place] for part in copies)).float()
+        wanted = tokens[scored]
         own = words.nats(logits, wanted, places[scored]) if words else F.cross_entropy(logits, wanted, reduction="none")
         nats.index_copy_(0, row, own.detach()[None])
         (own * (scored < length)).mean().backward()
@@ -1255,10 +1264,9 @@ def loss_by_position(model, data, split="val", blocks=400):
     with evaluation_mode(model):
         for part in starts.split(max(1, 32768 // block)):
             x, y = get_batch(tokens, part, block)
-            states = model.hidden(x)
+            nats = nats_of(model, x, y).view_as(x)
             for index in range(4):
-                place = slice(index * quarter, (index + 1) * quarter)
-                totals[index] += nats_of(model, states[:, place].flatten(0, 1), y[:, place].flatten()).sum().item()
+                totals[index] += nats[:, index * quarter : (index + 1) * quarter].sum(dtype=torch.float64).item()
     return [total / (quarter * len(starts)) for total in totals]
 
 

@@ -34,7 +34,8 @@ class GPTConfig:
     qk_norm: bool = False  # queries and keys of unit mean square (Henry et al. 2020)
     rms_norm: bool = False  # norms without mean and weights (Zhang and Sennrich 2019), instead of layer norms
     squared_relu: bool = False  # in place of GELU (So et al. 2021)
-    token_dropout: float = 0.0  # probability that a whole token is hidden from the input (Gal and Ghahramani 2016)
+    pointer: bool = False  # the head may also copy a token of the context (Merity et al. 2016)
+    head_dropout: float = 0.0  # probability, on the input of the output layer
 
     def __post_init__(self):
         for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -50,7 +51,7 @@ class GPTConfig:
                 f"A head has {self.n_embd // self.n_head} channels: rotary positions turn them in pairs, so choose "
                 f"n_embd as an even multiple of n_head."
             )
-        for field in ("dropout", "token_dropout"):
+        for field in ("dropout", "head_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: give a probability of at least 0 and below 1.")
 
@@ -155,9 +156,14 @@ class GPT(nn.Module):
         )
         if config.rotary:
             del self.transformer["wpe"]
+        if config.pointer:
+            self.pointer = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+            self.sentinel = nn.Linear(config.n_embd, 1)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied (Press and Wolf 2017)
         self.apply(self._init_weights)
+        if config.pointer:
+            nn.init.constant_(self.sentinel.bias, math.log(config.block_size) + 1)  # at first, copy little
         # 2 * n_layer branches add into the residual stream; scaled so that its variance does not grow with depth
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -209,8 +215,6 @@ class GPT(nn.Module):
         places = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
         # sparse: the gradient of the batch's few rows is added to the output layer's dense one, in place
         x, by = F.embedding(idx, self.transformer.wte.weight, sparse=True), None
-        if self.config.token_dropout and self.training:
-            x = x * F.dropout(torch.ones_like(x[..., :1]), self.config.token_dropout)
         if self.config.rotary:
             by = turns(places, self.config.n_embd // self.config.n_head)
         else:
@@ -219,37 +223,68 @@ class GPT(nn.Module):
         mask = None if cache is None else cache.mask[positions]
         for layer, block in enumerate(blocks or self.transformer.h):
             x = block(x, by, None if cache is None else (cache.layers[layer], positions, mask))
-        return self.transformer.ln_f(x)
+        return F.dropout(self.transformer.ln_f(x), self.config.head_dropout, self.training)
 
     def output_weight(self):
         """The output layer's matrix as `head` multiplies with it: on CUDA in autocast's type and aligned."""
         return aligned(self.lm_head.weight) if self.lm_head.weight.is_cuda else self.lm_head.weight
 
-    def head(self, x, weight=None):
-        """Residual stream (..., C) to logits (..., V); `weight` may hold `output_weight()` from before."""
-        return F.linear(x, self.output_weight() if weight is None else weight)[..., : self.config.vocab_size]
+    def head(self, x, weight=None, copies=None):
+        """Residual stream (..., C) to logits (..., V); `weight` may hold `output_weight()` from before.
+
+        With the `copies` of a pointer, the logits are logarithms of the probabilities of both ways together.
+        """
+        logits = F.linear(x, self.output_weight() if weight is None else weight)[..., : self.config.vocab_size]
+        if copies is None:
+            return logits
+        share, ids = copies
+        both = logits.float().softmax(-1) * share[..., -1:]
+        return both.scatter_add(-1, ids, share[..., :-1]).clamp(min=1e-30).log()
+
+    def copies(self, x, idx, cache=None, positions=None):
+        """What a pointer would copy: None without one, else shares (B, T, S + 1) and ids (B, T, S).
+
+        The shares sum to 1. The last is the sentinel's, that of the vocabulary; the others are those of the S
+        tokens of the context `idx` (B, S), none of them later than its row. A token is found by the state at it
+        and by the one before it.
+        """
+        if not self.config.pointer:
+            return None
+        query, at, after = self.pointer(x).chunk(3, dim=-1)
+        if cache is None:
+            keys, mask = at + F.pad(after, (0, 0, 1, -1)), x.new_full((x.size(1), x.size(1)), -math.inf).triu(1)
+        else:
+            keys, mask = cache.found_by(at, after, positions), cache.mask[positions]
+        scores = (query @ keys.mT).float() / math.sqrt(x.size(-1)) + mask
+        share = torch.cat([scores, self.sentinel(x).float()], dim=-1).softmax(-1)
+        return share, idx[:, None].expand(-1, x.size(1), -1)
 
     def loss(self, idx, targets, blocks=None):
         """Mean loss in nats a token, as `forward` gives it, without keeping logits that nobody reads.
 
         Every target is an id here. `blocks` stand in for `transformer.h`: the same blocks, compiled.
         """
-        x, weight, targets = self.hidden(idx, blocks=blocks).flatten(0, 1), self.lm_head.weight, targets.flatten()
+        x, weight = self.hidden(idx, blocks=blocks), self.lm_head.weight
+        copies, rows, wanted = self.copies(x, idx), x.flatten(0, 1), targets.flatten()
         if x.is_cuda and fused_loss_obstacle() is None:
-            return FusedCrossEntropy.apply(x, weight, targets)
-        if not x.is_cuda and self.config.vocab_size > 4096:  # fewer columns fit in the cache as they are
-            return ChunkedCrossEntropy.apply(x, weight, targets)
-        return F.cross_entropy(self.head(x).float(), targets)
+            nats = FusedCrossEntropy.apply(rows, weight, wanted)
+        elif not x.is_cuda and self.config.vocab_size > 4096 and copies is None:  # fewer columns fit in the cache as they are
+            return ChunkedCrossEntropy.apply(rows, weight, wanted)
+        else:
+            nats = F.cross_entropy(self.head(rows).float(), wanted, reduction="none")
+        return with_copies(nats.view_as(targets), targets, copies).mean()
 
     @torch.no_grad()
-    def nats(self, x, targets):
+    def nats(self, x, targets, copies=None):
         """Cross-entropy in nats (N,) of residual streams (N, C) against targets (N,), for evaluation."""
         if x.is_cuda and fused_loss_obstacle() is None:
-            return row_losses(F.linear(x, self.output_weight()), targets, self.config.vocab_size)[0]
-        if not x.is_cuda:
+            nats = row_losses(F.linear(x, self.output_weight()), targets, self.config.vocab_size)[0]
+        elif not x.is_cuda:
             chunks = logit_chunks(x, self.lm_head.weight, targets)
-            return torch.cat([F.cross_entropy(z, wanted, reduction="none") for z, wanted, _ in chunks])
-        return F.cross_entropy(self.head(x).float(), targets, reduction="none")
+            nats = torch.cat([F.cross_entropy(z, wanted, reduction="none") for z, wanted, _ in chunks])
+        else:
+            nats = F.cross_entropy(self.head(x).float(), targets, reduction="none")
+        return with_copies(nats, targets, copies)
 
     def forward(self, idx, targets=None):
         """Token ids (B, T) and, if given, the next ids (B, T), -1 where none is to be predicted.
@@ -258,9 +293,10 @@ class GPT(nn.Module):
         position alone (B, 1, V), and None.
         """
         x = self.hidden(idx)
+        copies = self.copies(x, idx)
         if targets is None:
-            return self.head(x[:, -1:]), None
-        logits = self.head(x)
+            return self.head(x[:, -1:], copies=last_of(copies)), None
+        logits = self.head(x, copies=copies)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def new_cache(self, batch_size):
@@ -301,7 +337,7 @@ class GPT(nn.Module):
 
     def _generate(self, idx, max_new_tokens, sample, use_cache):
         block, prompt = self.config.block_size, idx.size(1)
-        tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + new), filled from the left
+        tokens = F.pad(idx, (0, max(max_new_tokens, block - prompt)))  # at least a block, filled from the left
         last = torch.tensor([prompt - 1], device=idx.device)  # index of the newest token, on the device
         window = torch.arange(1 - block, 1, device=idx.device)
         weight = self.output_weight()
@@ -310,22 +346,39 @@ class GPT(nn.Module):
             tokens.index_copy_(1, last + 1, sample(logits))
             last.add_(1)
 
-        def from_cache():
-            append(self.head(self.hidden(tokens.index_select(1, last), cache, last), weight))
+        def from_cache(seen, positions):
+            x = self.hidden(seen, cache, positions)
+            copies = self.copies(x, tokens[:, :block], cache, positions)
+            append(self.head(x[:, -1:], weight, last_of(copies)))
 
         def from_window():
-            append(self.head(self.hidden(tokens.index_select(1, last + window))[:, -1:], weight))
+            seen = tokens.index_select(1, last + window)
+            x = self.hidden(seen)
+            append(self.head(x[:, -1:], weight, last_of(self.copies(x, seen))))
 
         cached = min(max_new_tokens, block - prompt + 1) if use_cache else 0
         if cached > 0:
             cache = self.new_cache(idx.size(0))
-            append(self.head(self.hidden(idx, cache, torch.arange(prompt, device=idx.device))[:, -1:], weight))
-            replay(from_cache, cached - 1, idx.device, sample.generator)
+            from_cache(idx, torch.arange(prompt, device=idx.device))
+            replay(lambda: from_cache(tokens.index_select(1, last), last), cached - 1, idx.device, sample.generator)
         known, wanted = prompt + max(cached, 0), prompt + max_new_tokens
         for length in range(known, min(block, wanted)):  # without a cache each length up to the block comes once
             append(self(tokens[:, :length])[0])
         replay(from_window, wanted - max(known, min(block, wanted)), idx.device, sample.generator)
-        return tokens
+        return tokens[:, : prompt + max_new_tokens]
+
+
+def with_copies(nats, targets, copies):
+    """Nats (...) of targets (...) by the vocabulary, and, where there is a pointer, by its copies too."""
+    if copies is None:
+        return nats
+    share, ids = copies
+    copied = (share[..., :-1] * (ids == targets[..., None])).sum(-1)
+    return -(copied + share[..., -1] * torch.exp(-nats)).clamp(min=1e-30).log()
+
+
+def last_of(copies):
+    return copies and tuple(part[:, -1:] for part in copies)
 
 
 class Muon(torch.optim.Optimizer):
@@ -391,7 +444,10 @@ def orthogonal(matrices):
 
 
 class Cache:
-    """Keys and values of one block: a tensor (B, S, 2, H, D) a layer, and the causal mask (S, S) to add to scores."""
+    """Keys and values of one block: a tensor (B, S, 2, H, D) a layer, and the causal mask (S, S) to add to scores.
+
+    With a pointer also what its tokens are found by, (B, S + 1, C).
+    """
 
     def __init__(self, config, batch_size, weight):
         dtype = computing_dtype(weight)
@@ -399,6 +455,14 @@ class Cache:
         shape = (batch_size, size, 2, heads, config.n_embd // heads)
         self.layers = [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.n_layer)]
         self.mask = torch.full((size, size), -math.inf, dtype=dtype, device=weight.device).triu(1)
+        if config.pointer:
+            self.found = torch.zeros(batch_size, size + 1, config.n_embd, dtype=dtype, device=weight.device)
+
+    def found_by(self, at, after, positions):
+        """Adds the pointer's keys of new positions (T,), `at` them and `after` them (B, T, C); returns all (B, S, C)."""
+        self.found.index_copy_(1, positions + 1, after)
+        self.found.index_add_(1, positions, at)
+        return self.found[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -553,15 +617,15 @@ if triton is not None:
         tl.store(losses + row, normaliser - tl.load(logits + row * width + target).to(tl.float32))
 
     @triton.jit
-    def _row_gradient(logits, targets, normalisers, scale, columns, width, BLOCK: tl.constexpr):
-        """Overwrites logits by scale * (softmax - one-hot target), and what pads a row by zero."""
+    def _row_gradient(logits, targets, normalisers, scales, columns, width, BLOCK: tl.constexpr):
+        """Overwrites logits by the row's scale * (softmax - one-hot target), and what pads a row by zero."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         place = logits + row * width + column
         z = tl.load(place, mask=column < width, other=0.0).to(tl.float32)
         z = tl.where(column < columns, z, -float("inf"))
         gradient = tl.exp(z - tl.load(normalisers + row)) - tl.where(column == tl.load(targets + row), 1.0, 0.0)
-        tl.store(place, (tl.load(scale) * gradient).to(logits.dtype.element_ty), mask=column < width)
+        tl.store(place, (tl.load(scales + row) * gradient).to(logits.dtype.element_ty), mask=column < width)
 
 
 def row_losses(logits, targets, columns):
@@ -573,7 +637,7 @@ def row_losses(logits, targets, columns):
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Mean loss of `x @ weight.T` against targets, x (N, C), weight (V, C), targets (N,), in autocast's type.
+    """Losses (N,) of `x @ weight.T` against targets, x (N, C), weight (V, C), targets (N,), in autocast's type.
 
     Backward once: it overwrites the logits by their gradient.
     """
@@ -586,15 +650,14 @@ class FusedCrossEntropy(torch.autograd.Function):
         losses, normalisers = row_losses(logits, targets, len(weight))
         ctx.save_for_backward(states, padded, targets, logits, normalisers)
         ctx.columns, ctx.dtypes = len(weight), (x.dtype, weight.dtype)
-        return losses.mean()
+        return losses
 
     @staticmethod
     def backward(ctx, gradient):
         states, padded, targets, logits, normalisers = ctx.saved_tensors
         rows, width = logits.shape
-        scale = (gradient / rows).float()
         grid = (rows, triton.cdiv(width, 4096))
-        _row_gradient[grid](logits, targets, normalisers, scale, ctx.columns, width, BLOCK=4096, num_warps=8)
+        _row_gradient[grid](logits, targets, normalisers, gradient.contiguous(), ctx.columns, width, BLOCK=4096, num_warps=8)
         weight_gradient = (logits.t() @ states)[: ctx.columns]
         return (logits @ padded).to(ctx.dtypes[0]), weight_gradient.to(ctx.dtypes[1]), None
 
@@ -607,7 +670,7 @@ def fused_loss_obstacle():
     try:  # compiles both kernels, which needs a C compiler and a card of capability 7.0 or later
         with torch.enable_grad():
             x, weight = (torch.zeros(rows, 16, device="cuda", requires_grad=True) for rows in (2, 60))
-            FusedCrossEntropy.apply(x, weight, torch.zeros(2, dtype=torch.int64, device="cuda")).backward()
+            FusedCrossEntropy.apply(x, weight, torch.zeros(2, dtype=torch.int64, device="cuda")).sum().backward()
         torch.cuda.synchronize()
     except Exception as error:  # compilers fail in many ways
         return f"{type(error).__name__} from Triton"
