@@ -32,10 +32,8 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
     rotary: bool = False  # positions as turns of queries and keys (Su et al. 2021), instead of an embedding
     qk_norm: bool = False  # queries and keys of unit mean square (Henry et al. 2020)
-    rms_norm: bool = False  # norms without mean and weights (Zhang and Sennrich 2019), instead of layer norms
     squared_relu: bool = False  # in place of GELU (So et al. 2021)
     pointer: bool = False  # the head may also copy a token of the context (Merity et al. 2016)
-    head_dropout: float = 0.0  # probability, on the input of the output layer
 
     def __post_init__(self):
         for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -51,9 +49,8 @@ class GPTConfig:
                 f"A head has {self.n_embd // self.n_head} channels: rotary positions turn them in pairs, so choose "
                 f"n_embd as an even multiple of n_head."
             )
-        for field in ("dropout", "head_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}: give a probability of at least 0 and below 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: give a probability of at least 0 and below 1.")
 
 
 def turns(positions, channels):
@@ -67,12 +64,6 @@ def turn(x, by):
     """Turns channel pairs of x (B, T, H, D) by `turns`."""
     (cos, sin), (a, b) = by, x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
-
-
-def norm(config):
-    if config.rms_norm:
-        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -129,9 +120,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = norm(config)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = norm(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, by=None, past=None):
@@ -151,7 +142,7 @@ class GPT(nn.Module):
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=norm(config),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
         )
         if config.rotary:
@@ -223,7 +214,7 @@ class GPT(nn.Module):
         mask = None if cache is None else cache.mask[positions]
         for layer, block in enumerate(blocks or self.transformer.h):
             x = block(x, by, None if cache is None else (cache.layers[layer], positions, mask))
-        return F.dropout(self.transformer.ln_f(x), self.config.head_dropout, self.training)
+        return self.transformer.ln_f(x)
 
     def output_weight(self):
         """The output layer's matrix as `head` multiplies with it: on CUDA in autocast's type and aligned."""
@@ -474,7 +465,7 @@ class Sampler:
     generator: torch.Generator | None
 
     def __call__(self, logits):
-        logits = logits[:, -1].float()
+        logits = logits[:, -1]
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         if self.top_k is None or self.top_k >= logits.size(-1):
@@ -483,9 +474,10 @@ class Sampler:
         return ids.gather(-1, self.draw(logits))
 
     def draw(self, logits):
-        # the largest p / e with e ~ Exp(1) is a draw from p; torch.multinomial would make the host wait
-        waits = torch.empty_like(logits).exponential_(generator=self.generator)
-        return ((logits / self.temperature).softmax(-1) / waits).argmax(-1, keepdim=True)
+        # the largest logit / temperature - log(e) with e ~ Exp(1) is a draw from their softmax (Gumbel's trick);
+        # torch.multinomial would make the host wait
+        waits = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=self.generator)
+        return torch.sub(logits, waits.log_(), alpha=self.temperature).argmax(-1, keepdim=True)
 
 
 class GraphedStep:

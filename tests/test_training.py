@@ -108,7 +108,7 @@ def test_preset_is_chosen_by_name_then_environment_then_device(monkeypatch):
 
 def test_unknown_preset_lists_the_right_ones(monkeypatch):
     monkeypatch.setenv("NANOGPT_PRESET", "huge")
-    with pytest.raises(ValueError, match="'huge'.*full, quick, smoke"):
+    with pytest.raises(ValueError, match="'huge'.*full, record, quick, smoke"):
         helpers.choose_preset()
 
 
