@@ -297,7 +297,7 @@ def test_compiled_blocks_stand_in_for_the_model_s_own(model, monkeypatch):
     called = []
 
     def compile_block(block):
-        return lambda x, past: (called.append(block), block(x, past))[1]
+        return lambda x, by, past: (called.append(block), block(x, by, past))[1]
 
     monkeypatch.setattr(torch, "compile", compile_block)
     blocks = helpers.compiled_blocks(model.eval(), CPU)
