@@ -381,11 +381,13 @@ class WordTree:
     @functools.cache  # a walk of seconds, and the same for every model
     def places(self, data, split):
         """The node (N,) at which each token of a split is chosen. Raises ValueError for a word that is not in the tree."""
-        places = []
+        places, before = [], 0
         for word in split_words(data, split):
             if word not in self.words:
                 raise ValueError(f"{data.tokenizer.decode(word)!r} of the {split} split is no word of the training split: score without words.")
-            places += [self.nodes[word[:length]] for length in range(len(word))]
+            # until the next one has begun, the word before could have gone on to a longer one
+            places += [before, *(self.nodes[word[:length]] for length in range(1, len(word)))]
+            before = self.nodes[word]
         return torch.tensor(places)
 
     def nats(self, logits, targets, places):
@@ -428,7 +430,7 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
     """Nats (N,) of a split's tokens, or of its first `n_tokens`, by a copy of the model that learns as it reads.
 
     Dynamic evaluation (Krause et al. 2018): an eighth of a block is scored, then learnt from in one step of Adam
-    without first moments, then the next eighth is read. No token moves a score before its own or its own.
+    without first moments, then the next eighth is read. So no token moves an earlier score.
     """
     device, block = next(model.parameters()).device, model.config.block_size
     stride = max(1, block // 8)

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 torch.set_num_threads(1)  # models this small run faster without threads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """What `helpers` reads of a data set; made with `dataclasses.replace` into others."""
 
@@ -77,13 +77,23 @@ def model(settings, corpus):
     return make_model(settings, corpus)
 
 
+# what the report switches on beyond the plan, one by one and all together
+SWITCHES = [{"rotary": True}, {"qk_norm": True}, {"squared_relu": True}, {"pointer": True}]
+SWITCHES.append({name: True for switch in SWITCHES for name in switch})
+
+
+@pytest.fixture(params=[{}, *SWITCHES], ids=lambda switches: "+".join(switches) or "plan")
+def switches(request):
+    return request.param
+
+
 @pytest.fixture
 def lively():
     """Makes a small model whose weights are so large that its predictions are far from uniform."""
 
-    def make(vocab_size=23, block_size=12, n_layer=2, n_head=2, n_embd=16, bias=True, seed=0, scale=0.4, dropout=0.0):
+    def make(vocab_size=23, block_size=12, n_layer=2, n_head=2, n_embd=16, bias=True, seed=0, scale=0.4, dropout=0.0, **switches):
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias))
+        model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias, **switches))
         for parameter in model.parameters():
             parameter.data += scale * torch.randn_like(parameter)
         return model.eval()

@@ -70,6 +70,12 @@ def test_scores_equal_token_by_token_in_float64(lively, random_text, length, str
 
 
 @pytest.mark.parametrize("stride", [None, 5])
+def test_scores_equal_token_by_token_with_every_switch(lively, switches, random_text, stride):
+    model, data = lively(**switches), random_text(3 * BLOCK + 1)
+    assert score_split(model, data, "test", stride).nats == pytest.approx(token_by_token(model, data, "test", stride or BLOCK), rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [None, 5])
 def test_every_token_counts_once(lively, random_text, stride):
     """Under a uniform model each token costs ln V, wherever it stands."""
     model = lively()
@@ -295,3 +301,121 @@ def test_cuda_scores_equal_the_cpus(trained, corpus, cuda, stride):
     expected = score_split(model, corpus, "test", stride).loss
     loss = score_split(helpers.load_model(folder / "last.pt", cuda), corpus, "test", stride).loss
     assert loss == pytest.approx(expected, abs=1e-5), f"{loss} on the card, {expected} on the CPU"
+
+
+# --------------------------------------------------------------- among words, as an ensemble, and while learning
+
+
+LETTERS = " abc\n"
+WORDS = (" a", " ab", " abc", " ba", " cab", " \n", " c")
+
+
+@pytest.fixture
+def spelt(corpus):
+    """Texts of a few words spelt letter by letter, in which some words begin others."""
+    rng = np.random.default_rng(3)
+    splits = {name: np.array([LETTERS.index(c) for word in rng.choice(WORDS, count) for c in word], dtype=np.uint16)
+              for name, count in (("train", 60), ("val", 20), ("test", 25))}  # fmt: skip
+    tokenizer = replace_namespace(corpus.tokenizer, decode=lambda ids: "".join(LETTERS[i] for i in ids))
+    return replace(corpus, vocab_size=len(LETTERS), splits=splits, tokenizer=tokenizer, first_context=LETTERS.index("\n"))
+
+
+def replace_namespace(namespace, **values):
+    return type(namespace)(**{**vars(namespace), **values})
+
+
+def test_nats_among_words_equal_brute_force(lively, spelt):
+    model, words = lively(len(LETTERS), pointer=True), helpers.word_tree(spelt, "cpu")
+    found = helpers.token_nats(model, spelt, "test", 4, words)
+    plain, text = [], "".join(LETTERS[i] for i in spelt.splits["test"])
+    inputs = [spelt.first_context, *spelt.splits["test"].tolist()]
+    begun = ""
+    for i, letter in enumerate(text):
+        goes_on = {word[len(begun)] for word in WORDS if word.startswith(begun) and len(word) > len(begun)} if begun else set()
+        allowed = goes_on | ({" "} if begun in ("", *WORDS) else set())
+        start = max(0, i // 4 * 4 - (BLOCK - 4))
+        p = model(torch.tensor([inputs[start : i + 1]]))[0][0, -1].double().softmax(-1)
+        plain.append(-(p[LETTERS.index(letter)] / sum(p[LETTERS.index(other)] for other in allowed)).log().item())
+        begun = letter if letter == " " else begun + letter
+    assert np.allclose(found.detach().numpy(), plain, atol=1e-5), np.abs(found.detach().numpy() - plain).max()
+    assert found.sum() < helpers.token_nats(model, spelt, "test", 4).sum(), "fewer to choose from cannot cost more"
+
+
+def test_no_word_tree_where_a_split_has_a_word_of_its_own(spelt):
+    other = np.array([LETTERS.index(c) for c in " bb a"], dtype=np.uint16)
+    assert helpers.word_tree(spelt, "cpu") is not None
+    assert helpers.word_tree(replace(spelt, splits={**spelt.splits, "val": other}), "cpu") is None
+    with pytest.raises(ValueError, match="' bb' of the val split"):
+        helpers.word_tree(spelt, "cpu").places(replace(spelt, splits={"val": other}), "val")
+
+
+def test_an_ensemble_averages_probabilities():
+    p = torch.tensor([[0.5, 0.1, 1e-30], [0.1, 0.3, 1e-3]])
+    assert torch.allclose(helpers.mixed(-p.log()).exp(), 1 / p.double().mean(0), rtol=1e-5)
+
+
+METHODS = {
+    "blocks": lambda model, data, words: helpers.token_nats(model, data, "test"),
+    "sliding": lambda model, data, words: helpers.token_nats(model, data, "test", 4),
+    "words": lambda model, data, words: helpers.token_nats(model, data, "test", 4, words),
+    "ensemble": lambda model, data, words: helpers.mixed(torch.stack([helpers.token_nats(m, data, "test", 4) for m in (model, model)])),
+    "dynamic": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01),
+    "dynamic among words": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, words),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_later_token_moves_an_earlier_score(lively, spelt, switches, method):
+    """Whole words are changed, so that both texts have scores among words too."""
+    model, words = lively(len(LETTERS), scale=0.2, **switches), helpers.word_tree(spelt, "cpu")
+    tokens = spelt.splits["test"]
+    before = METHODS[method](model, spelt, words)
+    for changed in (3, 20, 33):
+        begins = np.flatnonzero(tokens[:changed] == 0)[-1]
+        spelt_a = [LETTERS.index(c) for c in " cab a ba"]
+        other = replace(spelt, splits={**spelt.splits, "test": np.array([*tokens[:begins], *spelt_a], dtype=np.uint16)})
+        after = METHODS[method](model, other, words)
+        assert torch.equal(after[:begins], before[:begins]), f"changed at {begins}: {(after[:begins] != before[:begins]).nonzero().flatten()}"
+
+
+@pytest.mark.parametrize("switched", [{}, {"pointer": True, "rotary": True}])
+def test_dynamic_evaluation_scores_first_and_learns_then(lively, spelt, switched):
+    model = lively(len(LETTERS), block_size=16, scale=0.2, **switched)  # an eighth: 2 tokens
+    weights = copy.deepcopy(model.state_dict())
+    still, learning = (helpers.dynamic_nats(model, spelt, "test", rate) for rate in (1e-12, 0.02))
+    static = helpers.token_nats(model, spelt, "test", 2)
+    assert torch.allclose(still, static, atol=1e-4), "without learning it is no sliding window"
+    assert torch.equal(learning[:2], still[:2]), "the first tokens were learnt from before they were scored"
+    assert learning.mean() < static.mean() - 0.05, "nothing is learnt from a text of seven words"
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items()), "the model itself was changed"
+
+
+# ------------------------------------------------------------------------------------------- the sensitivity study
+
+
+def test_a_study_changes_one_value_at_equal_tokens(settings, corpus):
+    studied = {"learning_rate": (1e-3, 3e-3), "batch_size": (2, 4), "n_embd": (8, 16), "dropout": (0.0, 0.5)}
+    for parameter, value, changed in helpers.one_away(settings, 0.5, studied):
+        differing = {f for f in vars(settings) if getattr(settings, f) != getattr(changed, f)}
+        assert getattr(changed, parameter) == value
+        assert differing <= {parameter, "max_iters", "eval_interval", "warmup_iters", "min_lr", "n_head"}, differing
+        assert changed.max_iters * changed.tokens_per_step == 0.5 * settings.max_iters * settings.tokens_per_step
+    study = helpers.sensitivity_study([corpus], [settings], CPU, share=0.5, seeds=(1, 2), studied=studied)
+    assert len(study["rows"]) == 2 * sum(map(len, studied.values()))
+    means = helpers.study_means(study)["Tiny sentences"]
+    value, loss, half, _ = means["batch_size"][0]
+    pair = [row["loss"] for row in study["rows"] if (row["parameter"], row["value"]) == ("batch_size", 2)]
+    assert (value, loss, half) == (2, pytest.approx(sum(pair) / 2), pytest.approx(abs(pair[0] - pair[1]) / 2))
+    text = helpers.sensitivity_text(study)
+    assert "Tiny sentences" in text and all(f"`{parameter}`" in text for parameter in studied), text
+
+
+def test_a_study_is_read_again_and_a_missing_one_is_one_sentence(settings, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(helpers, "RESULTS", tmp_path)
+    monkeypatch.setattr(helpers, "STUDIED", {"dropout": (0.0, 0.5)})
+    with pytest.raises(ValueError, match="sensitivity.json is missing.*NANOGPT_SENSITIVITY=1"):
+        helpers.sensitivity([corpus], [settings], CPU)
+    monkeypatch.setenv("NANOGPT_SENSITIVITY", "1")
+    made = helpers.sensitivity([corpus], [replace(settings, max_iters=10)], CPU)
+    monkeypatch.delenv("NANOGPT_SENSITIVITY")
+    assert helpers.sensitivity([corpus], [settings], CPU) == made and made["made by"]["code"] == helpers.code_sum()

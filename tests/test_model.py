@@ -3,13 +3,16 @@
 python -m pytest tests/test_model.py
 """
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, ChunkedCrossEntropy, FusedCrossEntropy, GPTConfig, Sampler, fused_loss_obstacle
+from model import (
+    GPT, ChunkedCrossEntropy, FusedCrossEntropy, GPTConfig, Muon, Sampler, fused_loss_obstacle, orthogonal, turn, turns,
+)  # fmt: skip
 
 
 def far_apart(a, b):
@@ -20,8 +23,8 @@ def far_apart(a, b):
 # ------------------------------------------------------------------------------------------------ forward pass
 
 
-def test_a_later_token_changes_no_earlier_logit(lively):
-    model = lively()
+def test_a_later_token_changes_no_earlier_logit(lively, switches):
+    model = lively(**switches)
     idx = torch.randint(23, (3, 12), generator=torch.Generator().manual_seed(1))
     before, _ = model(idx, idx)
     for position in range(12):
@@ -96,8 +99,8 @@ def test_loss_is_the_mean_over_the_targets_that_are_given(lively):
     assert torch.allclose(loss, expected), f"{loss.item()} is not {expected.item()}"
 
 
-def test_without_targets_gives_the_last_position(lively):
-    model = lively()
+def test_without_targets_gives_the_last_position(lively, switches):
+    model = lively(**switches)
     idx = torch.arange(8)[None]
     last, loss = model(idx)
     every, _ = model(idx, idx)
@@ -240,12 +243,22 @@ def naive_greedy(model, idx, new_tokens):
 @pytest.mark.parametrize("prompt", range(1, 16))
 def test_generation_equals_a_naive_loop(lively, prompt, use_cache):
     model = lively()  # block 12
+    continues_like_a_naive_loop(model, prompt, use_cache)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("prompt", [1, 5, 11, 12, 13, 20])
+def test_generation_equals_a_naive_loop_with_every_switch(lively, switches, prompt, use_cache):
+    continues_like_a_naive_loop(lively(**switches), prompt, use_cache)
+
+
+def continues_like_a_naive_loop(model, prompt, use_cache):
     idx = torch.randint(23, (3, prompt), generator=torch.Generator().manual_seed(prompt))
     for new_tokens in (0, 1, 5, 20):
         made = model.generate(idx, new_tokens, temperature=0, use_cache=use_cache)
         expected = naive_greedy(model, idx, new_tokens)
         assert torch.equal(made, expected), f"{new_tokens} new tokens: {made.tolist()} is not {expected.tolist()}"
-        assert new_tokens < 20 or len(set(made.flatten().tolist())) > 5, "too dull a text to tell anything"
+        assert new_tokens < 20 or len(set(made.flatten().tolist())) > 3, "too dull a text to tell anything"
 
 
 def test_cached_sampling_equals_uncached(lively):
@@ -357,6 +370,100 @@ def test_cuda_logits_equal_the_cpus(lively, cuda):
     assert logits.shape == expected.shape and far_apart(logits, expected) < 1e-3, far_apart(logits, expected)
 
 
+# -------------------------------------------------------------------------------- switches beyond the plan
+
+
+def test_all_ways_to_the_loss_agree(lively, switches):
+    """The training's, the evaluation's and that of the logits, for a small vocabulary and for one in pieces."""
+    for vocab_size in (23, 5000):
+        model = lively(vocab_size, **switches)
+        idx, targets = torch.randint(vocab_size, (2, 3, 12), generator=torch.Generator().manual_seed(4))
+        logits, loss = model(idx, targets)
+        assert model.loss(idx, targets).item() == pytest.approx(loss.item(), rel=1e-5)
+        x = model.hidden(idx)
+        copies = model.copies(x, idx)
+        nats = model.nats(x.flatten(0, 1), targets.flatten(), copies and tuple(part.flatten(0, 1) for part in copies))
+        assert nats.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+        assert logits.shape == (3, 12, vocab_size)
+
+
+def test_pointer_gives_probabilities_of_what_stood_before(lively):
+    model = lively(pointer=True)
+    idx = torch.randint(23, (2, 12), generator=torch.Generator().manual_seed(5))
+    x = model.hidden(idx)
+    share, ids = model.copies(x, idx)
+    assert torch.allclose(share.sum(-1), torch.ones(2, 12)), "shares do not sum to 1"
+    assert not share[..., :-1].triu(1).any(), "a later token is copied"
+    vocabulary = torch.nn.functional.linear(x, model.lm_head.weight).double().softmax(-1)
+    for row, t in ((0, 0), (1, 7), (1, 11)):
+        expected = share[row, t, -1] * vocabulary[row, t]
+        for place, token in enumerate(ids[row, t].tolist()):
+            expected[token] += share[row, t, place]
+        found = model(idx, idx)[0][row, t].double().exp()
+        assert found.sum().item() == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(found, expected, atol=1e-6), f"off by {far_apart(found, expected):g} at {t}"
+
+
+def test_rotary_attention_sees_distances_only():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(6))
+
+    def score(at, other):
+        place = [turn(part, turns(torch.tensor([position]), 8)) for part, position in ((q, at), (k, other))]
+        return (place[0] * place[1]).sum().item()
+
+    assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
+    assert score(5, 2) != pytest.approx(score(5, 4), abs=1e-3), "distance does not matter at all"
+
+
+def test_a_switch_that_is_off_leaves_no_parameter(lively):
+    names = [{name for name, _ in lively(**switches).named_parameters()} for switches in ({}, {"pointer": True}, {"rotary": True})]
+    assert names[1] - names[0] == {"pointer.weight", "sentinel.weight", "sentinel.bias"}
+    assert names[0] - names[2] == {"transformer.wpe.weight"}
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (24, 24)])
+def test_muon_steps_like_pytorch_s(shape):
+    """On matrices that are not split in three; PyTorch's works in bf16, which bounds the agreement."""
+    torch.manual_seed(7)
+    start, gradients = torch.randn(shape), torch.randn(4, *shape)
+    ends = []
+    for make in (lambda w: Muon([w], torch.tensor(0.01), factor=2.0, weight_decay=0.1),
+                 lambda w: torch.optim.Muon([w], lr=0.02, weight_decay=0.1, momentum=0.95)):  # fmt: skip
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = make(weight)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach() - start)
+    assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm(), (ends[0] - ends[1]).norm() / ends[1].norm()
+
+
+def test_muon_brings_all_singular_values_near_one():
+    matrices = torch.randn(5, 16, 40, generator=torch.Generator().manual_seed(8))
+    values = torch.linalg.svdvals(orthogonal(matrices))
+    assert 0.5 < values.min() and values.max() < 1.5, (values.min(), values.max())
+
+
+def test_muon_takes_queries_keys_and_values_apart():
+    torch.manual_seed(9)
+    whole, gradient = torch.nn.Parameter(torch.zeros(24, 8)), torch.randn(24, 8)
+    whole.grad = gradient
+    Muon([whole], torch.tensor(1.0), factor=1.0, weight_decay=0.0).step()
+    for part, rows in zip(whole.split(8), gradient.split(8), strict=True):
+        assert torch.allclose(part, -orthogonal(rows[None] * (0.05 + 0.95 * 0.05))[0], atol=1e-3)
+
+
+def test_muon_leaves_out_a_step_whose_gradient_overflowed():
+    weight = torch.nn.Parameter(torch.ones(4, 8))
+    optimizer = Muon([weight], torch.tensor(0.1), factor=1.0, weight_decay=0.1)
+    for gradient, overflow in ((1.0, 0.0), (math.inf, 1.0)):
+        before = weight.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+        weight.grad = torch.full((4, 8), gradient)
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(overflow), None
+        optimizer.step()
+    assert torch.equal(weight, before[0]) and torch.equal(optimizer.state[weight]["momentum"], before[1][0]["momentum"])
+
+
 # ------------------------------------------------------------------------------------------- losses in pieces
 
 
@@ -390,7 +497,7 @@ def test_cuda_fused_loss_and_gradients_equal_pytorch_s(dtype):
     expected = F.cross_entropy(F.linear(*exact), targets)
     (2 * expected).backward()
     fused = [part.clone().requires_grad_() for part in (x, weight)]
-    found = FusedCrossEntropy.apply(*fused, targets)
+    found = FusedCrossEntropy.apply(*fused, targets).mean()
     (2 * found).backward()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert found.item() == pytest.approx(expected.item(), rel=tolerance), "loss"

@@ -51,6 +51,7 @@ def copy(tmp_path, monkeypatch):
     """A copy of the project without data, network or mirror, and without what a run left behind."""
     for name in ("model.py", "helpers.py", "test.ipynb"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / ".results", tmp_path / ".results")
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda _, names: {n for n in names if "." not in n or n.endswith("cache")})
     monkeypatch.setenv("NANOGPT_PRESET", "smoke")
     monkeypatch.setenv("NANOGPT_OFFLINE", "1")
@@ -67,10 +68,10 @@ def test_smoke_run_without_network_is_a_whole_report_on_the_stand_in(copy):
     notebook, error = run(copy)
     assert error is None, error
     assert_clean(notebook)
-    assert len(pictures(notebook)) == 5, "curves at the top, two trainings, two figures"
+    assert len(pictures(notebook)) == 6, "curves at the top, two trainings, three figures"
     headline = shown(notebook, "setup")
     assert "stand-in" in headline and "perplexity a word" in headline, headline
-    for title in re.findall(r"^\| (?:\*\*)?([^|*]*(?:WikiText|Shakespeare)[^|*]*)", shown(notebook), re.M):
+    for title in re.findall(r"^\| (?:\*\*)?([^|*]*(?:WikiText|Shakespeare)[^|*]*)", shown(notebook), re.M):  # the first column
         pytest.fail(f"a table calls the stand-in {title!r}")
     summary = (copy / "training_summary.txt").read_text(encoding="utf-8")
     assert "stand-in" in summary and "WikiText" not in summary and "Shakespeare" not in summary
@@ -80,6 +81,26 @@ def test_smoke_run_without_network_is_a_whole_report_on_the_stand_in(copy):
     assert error is None, error
     rows = [re.findall(r"^\| (?:loss|bits).*", shown(n, "setup"), re.M) for n in (notebook, again)]
     assert rows[0] == rows[1], "a finished run, loaded again, scores otherwise"
+
+
+def test_the_section_beyond_the_plan_runs_on_the_stand_in(copy):
+    notebook = nbformat.read(copy / "test.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.id == "parameters"]
+    cell.source = cell.source.replace(
+        "preset = choose_preset(None)",
+        "more = dict(rotary=True, qk_norm=True, squared_relu=True, pointer=True, muon_factor=20.0, block_size=512, batch_size=1, n_layer=1)\n"
+        "preset = choose_preset()\n"
+        "preset = replace(preset, seeds=2, beyond=(replace(preset.wikitext2, **more), replace(preset.shakespeare, **more)))",
+    )
+    error = execute(notebook, copy, timeout=300)
+    assert error is None, error
+    assert_clean(notebook)
+    assert len(pictures(notebook)) == 8, "two trainings more"
+    table = shown(notebook, "beyond-score")
+    for method in ("one model", "ensemble of 2", "one model that learns as it reads"):
+        assert len(re.findall(rf"\| {method} \|", table)) == 3, f"{method}: two splits of the one set, one of the other\n{table}"
+    assert "Beyond the plan" in shown(notebook, "setup") and "1338" in shown(notebook, "beyond-seeds")
+    assert len(re.findall(r"beyond the plan\*\*$", shown(notebook, "beyond-samples"), re.M)) == 6
 
 
 @pytest.mark.skipif(not MIRROR, reason="needs the real texts: set DATA_MIRROR")
@@ -113,7 +134,7 @@ def test_committed_report():
     assert REPORT.stat().st_size < 1_500_000
     headline = shown(notebook, "setup")
     assert "Preset full on NVIDIA" in headline and "stand-in" not in shown(notebook), headline
-    assert len(pictures(notebook)) == 5
+    assert len(pictures(notebook)) == 6
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
 
 

@@ -5,6 +5,7 @@ python -m pytest tests/test_training.py
 
 import ast
 import contextlib
+import copy
 import errno
 import math
 import os
@@ -279,6 +280,35 @@ def test_each_step_takes_the_rate_of_the_schedule(settings, corpus, monkeypatch)
     )
     advance(trainer, 5)
     assert used == pytest.approx([helpers.get_lr(n, settings) for n in range(5)]), used
+
+
+@pytest.mark.parametrize("stopped", [3, 7])
+def test_a_run_with_every_switch_goes_on_to_the_same_end(settings, corpus, tmp_path, stopped):
+    settings = replace(settings, rotary=True, qk_norm=True, squared_relu=True, pointer=True, muon_factor=20.0)
+    whole, broken = make_model(settings, corpus), make_model(settings, corpus)
+    run(whole, corpus, settings, tmp_path / "whole")
+
+    class Stops(helpers.SilentView):
+        def progress(self, step):
+            if step == stopped:
+                signal.raise_signal(signal.SIGINT)
+
+    history = run(broken, corpus, settings, tmp_path / "broken", view=Stops())
+    assert len(history["step_loss"]) == stopped
+    run(broken, corpus, settings, tmp_path / "broken")
+    gaps = differences(saved(tmp_path / "whole"), saved(tmp_path / "broken"))
+    assert not gaps and "muon" in saved(tmp_path / "whole"), gaps
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(settings, corpus):
+    settings = replace(settings, muon_factor=20.0)
+    trainer = Trainer(make_model(settings, corpus), corpus, settings, CPU)
+    owned = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers.values()]
+    assert not owned[0] & owned[1] and owned[0] | owned[1] == {id(p) for p in trainer.model.parameters()}
+    before = copy.deepcopy(trainer.model.state_dict())
+    advance(trainer, 2)
+    still = [name for name, value in trainer.model.state_dict().items() if torch.equal(value, before[name])]
+    assert not still, f"{still} did not move"
 
 
 def test_a_failing_compiler_leaves_training_uncompiled(model, monkeypatch, capsys):
