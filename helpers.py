@@ -4,9 +4,12 @@ Nothing here holds state between calls: settings travel as one frozen object, fu
 run lives in its folder as `ckpt.pt` (best validation estimate) and `last.pt` (where to go on).
 """
 
+import argparse
+import ast
 import contextlib
 import copy
 import gc
+import hashlib
 import math
 import os
 import pickle
@@ -25,9 +28,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data.dataset import load
 from data.fetch import DataError, replacing
+from data.prepare import NAMES, ROOT, prepare
 from model import GPT, GPTConfig, GraphedStep, fused_loss_obstacle
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -174,9 +182,23 @@ def describe_machine(precision):
 # ------------------------------------------------------------------------------------- batches and schedule
 
 
-def tokens_on(device, split):
-    """A split's memmap (N,) uint16 as an int32 tensor on the device: both data sets fit many times over."""
-    return torch.from_numpy(np.asarray(split).astype(np.int32)).to(device)
+def tokens_on(device, split, resident=None):
+    """A split's memmap (N,) uint16 as an int32 tensor on the device, or as it is where the device has no room for it.
+
+    Room is a quarter of the memory that is free on a card, or 1 GiB for a CPU; `resident` True or False decides instead.
+    """
+    device = torch.device(device)
+    if resident is None:
+        room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
+        resident = 4 * len(split) <= room
+    return torch.from_numpy(np.asarray(split).astype(np.int32)).to(device) if resident else split
+
+
+def tokens_at(tokens, places):
+    """Those of `tokens` (N,), from `tokens_on`, that stand at `places` (...): int64, where the places lie."""
+    if isinstance(tokens, torch.Tensor):
+        return tokens[places].long()
+    return torch.from_numpy(tokens[places.cpu().numpy()].astype(np.int64)).to(places.device)
 
 
 def draw_starts(n_tokens, settings, step, batches):
@@ -200,9 +222,55 @@ def check_length(n_tokens, block_size):
 
 def get_batch(tokens, starts, block_size):
     """Windows of `tokens` (N,) from `starts` (B,): inputs (B, T) and targets (B, T), one position later."""
-    offsets = torch.arange(block_size + 1, device=tokens.device)
-    windows = tokens[starts[:, None] + offsets].long()
+    windows = tokens_at(tokens, starts[:, None] + torch.arange(block_size + 1, device=starts.device))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+class ResidentBatches:
+    """Batches of tokens that lie on the device: the step that needs one gathers it."""
+
+    def __init__(self, tokens, shape, block_size):
+        self.tokens, self.block_size = tokens, block_size
+        self.starts = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
+
+    def begin(self, starts):
+        """Takes the first positions (steps, passes, batch) of the steps to come."""
+        self.starts[: len(starts)] = starts.to(self.starts.device)
+
+    def prefetch(self, row):
+        """Makes ready the steps from `row` on that are queued together."""
+
+    def get(self, row, index):
+        """Inputs and targets (B, T) of a pass `index` of step `row` (1,)."""
+        return get_batch(self.tokens, self.starts[row][0, index], self.block_size)
+
+
+class StreamedBatches:
+    """Batches of tokens that the device has no room for, from the memory map by way of pinned memory.
+
+    The host gathers those of the next `together` steps while the device works at the ones before.
+    """
+
+    def __init__(self, tokens, shape, block_size, together, device):
+        self.tokens = tokens
+        shape = (together, *shape[1:], block_size + 1)
+        self.table = torch.zeros(shape, dtype=torch.int16, device=device)  # read as uint16, which few operations take
+        self.pinned = torch.zeros(shape, dtype=torch.int16, pin_memory=device.type == "cuda")
+
+    def begin(self, starts):
+        self.starts = starts
+        self.prefetch(0)
+
+    def prefetch(self, row):
+        starts = self.starts[row : row + len(self.table)]
+        windows = self.pinned.numpy().view(np.uint16).reshape(-1, self.pinned.shape[-1])
+        for window, start in zip(windows, starts.flatten().tolist()):
+            window[:] = self.tokens[start : start + len(window)]
+        self.table[: len(starts)].copy_(self.pinned[: len(starts)], non_blocking=True)  # after the steps now queued
+
+    def get(self, row, index):
+        windows = self.table[row % len(self.table)][0, index].long() & 0xFFFF
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def get_lr(step, settings):
@@ -215,6 +283,67 @@ def get_lr(step, settings):
         return settings.min_lr
     progress = (step - settings.warmup_iters) / (settings.max_iters - settings.warmup_iters)
     return settings.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (settings.learning_rate - settings.min_lr)
+
+
+# --------------------------------------------------------------------------------- several processes (torchrun)
+
+
+def rank():
+    """Which of the processes that train together this is: 0, the first, also where there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes():
+    """Joins the others that torchrun started, if it did; returns this one's device, None for the usual choice."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    cuda, local, cards = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if cuda and local >= cards:
+        raise ValueError(f"There is no card for process {local + 1} of this machine: start {cards} by --nproc-per-node.")
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return torch.device("cuda", local) if cuda else None
+
+
+def summed(tensor):
+    """The sum over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first(make):
+    """What `make()` gives in the first process, in every process; an error of it is raised in all."""
+    if world_size() == 1:
+        return make()
+    box = [None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[0] = error
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+def own_share(starts):
+    """This process's part of first positions (steps, passes, batch), each as large as any other's."""
+    ranks, (passes, batch) = world_size(), starts.shape[1:]
+    if passes % ranks == 0:  # as many sequences a pass as on one card
+        return starts[:, rank() :: ranks]
+    if batch % ranks == 0:
+        return starts[:, :, rank() :: ranks]
+    raise ValueError(
+        f"batch_size {batch} with gradient_accumulation_steps {passes} cannot be shared out to {ranks} processes: make one "
+        f"of the two a multiple of {ranks}."
+    )
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -245,13 +374,13 @@ def estimate_loss(model, tokens, settings, precision):
 
     The windows are the same at every evaluation, and their draw is apart from the training's.
     """
-    starts = draw_starts(len(tokens), settings, -1, settings.eval_iters).flatten().to(tokens.device)
-    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    starts = draw_starts(len(tokens), settings, -1, settings.eval_iters).flatten().to(precision.device)
+    total = torch.zeros((), dtype=torch.float64, device=precision.device)
     with evaluation_mode(model), precision.autocast():
-        for part in starts.split(max(1, 16384 // settings.block_size)):
+        for part in starts[rank() :: world_size()].split(max(1, 16384 // settings.block_size)):
             x, y = get_batch(tokens, part, settings.block_size)
             total += summed_nats(model, model.hidden(x).flatten(0, 1), y.flatten())
-    return total.item() / (len(starts) * settings.block_size)
+    return summed(total).item() / (len(starts) * settings.block_size)
 
 
 @dataclass(frozen=True)
@@ -292,8 +421,7 @@ def score_split(model, data, split, stride=None):
     """
     block = model.config.block_size
     device = next(model.parameters()).device
-    tokens = tokens_on(device, data.splits[split]).long()
-    inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])  # inputs[i] precedes tokens[i]
+    tokens = tokens_on(device, data.splits[split])
     stride = block if stride is None else stride
     if not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: give a number of tokens from 1 to the block's {block}.")
@@ -305,7 +433,8 @@ def score_split(model, data, split, stride=None):
             positions = starts[:, None] + torch.arange(block, device=device)
             scored = (positions >= part[:, None]) & (positions < (part + stride).clamp(max=len(tokens))[:, None])
             inside = positions.clamp(max=len(tokens) - 1)  # what overhangs the end is never seen: causal
-            total += summed_nats(model, model.hidden(inputs[inside])[scored], tokens[inside][scored])
+            before = tokens_at(tokens, (inside - 1).clamp(min=0)).where(inside > 0, data.first_context)
+            total += summed_nats(model, model.hidden(before)[scored], tokens_at(tokens, inside)[scored])
     return Score(total.item(), len(tokens), data.bytes[split], data.words.get(split))
 
 
@@ -397,8 +526,9 @@ def model_of(checkpoint, path, device, vocab_size):
     """The model in a checkpoint that was read from `path`."""
     try:
         model = GPT(GPTConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+        # a model that was compiled whole, as nanoGPT's is, has this before each of its names
+        model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()})
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} does not fit the model that it describes ({reason}): use another file.") from None
     if vocab_size not in (None, model.config.vocab_size):
@@ -409,11 +539,28 @@ def model_of(checkpoint, path, device, vocab_size):
     return model.to(device).eval()
 
 
-def check_same_run(checkpoint, settings, data, path):
-    """Refuses to go on from a checkpoint of other settings or data; the error names what differs."""
+def start_weights(path, settings, data):
+    """Weights by name to start a run of these settings from, and 16 digits that identify them. Raises CheckpointError.
+
+    They come from a checkpoint of this project or of nanoGPT whose model has the same vocabulary and shape.
+    """
+    model = load_model(path)
+    there, here = asdict(model.config), asdict(settings.model_config(data.vocab_size))
+    differing = [f"{key} {there[key]!r} there, {here[key]!r} here" for key in here if "dropout" not in key and there[key] != here[key]]
+    if differing:
+        raise CheckpointError(f"{path} cannot start this run ({'; '.join(differing)}): change the settings, or start from another.")
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.numpy())
+    return model.state_dict(), digest.hexdigest()[:16]
+
+
+def check_same_run(checkpoint, settings, data, path, **more):
+    """Refuses to go on from a checkpoint of other settings or data, or of other values of `more`; the error names what differs."""
     parts = [checkpoint.get(part) for part in ("settings", "data")]
     saved = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
-    wanted = {**asdict(settings), **data_identity(data)}
+    saved |= {key: checkpoint.get(key) for key in more}
+    wanted = {**asdict(settings), **data_identity(data), **more}
     differing = [
         f"{key} {saved.get(key)!r} there, {value!r} here" for key, value in wanted.items() if saved.get(key) != value
     ]
@@ -435,46 +582,67 @@ def data_identity(data):
 # ------------------------------------------------------------------------------------------------- training
 
 
+class LossOf(nn.Module):
+    """`model.loss` as a module's forward, which DistributedDataParallel asks for."""
+
+    def __init__(self, model, blocks):
+        super().__init__()
+        self.model, self.blocks = model, blocks
+
+    def forward(self, x, y):
+        return self.model.loss(x, y, self.blocks)
+
+
 class Trainer:
     """A run's state on its device, and the one optimizer step that every device and precision takes.
 
-    The step reads the windows' positions and the rate of its row from tables, and writes loss and gradient
-    norm into others: nothing in it waits for the host, so that a CUDA graph can hold it whole.
+    The step reads its batch and the rate of its row from tables, and writes loss and gradient norm into others:
+    nothing in it waits for the host, so that a CUDA graph can hold it whole. Of several processes each takes its
+    share of the batch. `resident`: see `tokens_on`.
     """
 
-    def __init__(self, model, data, settings, precision):
+    def __init__(self, model, data, settings, precision, resident=None):
         self.model, self.settings, self.precision = model, settings, precision
         device, rows = precision.device, settings.eval_interval
-        self.tokens = {name: tokens_on(device, data.splits[name]) for name in ("train", "val")}
+        self.tokens = {name: tokens_on(device, data.splits[name], resident) for name in ("train", "val")}
         self.rate = torch.zeros((), device=device)
         betas = (settings.beta1, settings.beta2)
         self.optimizer = model.configure_optimizers(settings.weight_decay, self.rate, betas, device.type)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
-        shape = (rows, settings.gradient_accumulation_steps, settings.batch_size)
-        self.starts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.together = 32 if device.type == "cuda" else 1  # steps queued before the host looks up
+        shape = own_share(torch.empty(rows, settings.gradient_accumulation_steps, settings.batch_size)).shape
+        self.streamed, self.passes = not isinstance(self.tokens["train"], torch.Tensor), shape[1]
+        self.batches = (
+            StreamedBatches(self.tokens["train"], shape, settings.block_size, self.together, device)
+            if self.streamed
+            else ResidentBatches(self.tokens["train"], shape, settings.block_size)
+        )
         self.rates, self.losses, self.norms = (torch.zeros(rows, device=device) for _ in range(3))
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.blocks = compiled_blocks(model, precision, settings.batch_size) if settings.compile and device.type == "cuda" else None
-        self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda", recover=self.forget_step)
+        self.loss, alone = LossOf(model, self.blocks), world_size() == 1
+        if not alone:
+            self.loss = DistributedDataParallel(self.loss, device_ids=[device] if device.type == "cuda" else None)
+        self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda" and alone, recover=self.forget_step)
+        self.graphed_step.reason = None if alone else "several processes share the step"
 
     def fill_tables(self, first, last):
         """Positions and rates of the steps from `first` up to `last`."""
         n_tokens, passes = len(self.tokens["train"]), self.settings.gradient_accumulation_steps
         starts = [draw_starts(n_tokens, self.settings, step, passes) for step in range(first, last)]
-        self.starts[: last - first] = torch.stack(starts).to(self.starts.device)
+        self.batches.begin(own_share(torch.stack(starts)))
         self.rates[: last - first] = torch.tensor([get_lr(step, self.settings) for step in range(first, last)])
         self.row.zero_()
 
     def step(self):
-        passes = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad(set_to_none=True)
         self.rate.copy_(self.rates[self.row][0])
-        starts = self.starts[self.row][0]
         total = torch.zeros_like(self.rate)
-        for index in range(passes):
-            x, y = get_batch(self.tokens["train"], starts[index], self.settings.block_size)
+        for index in range(self.passes):
+            x, y = self.batches.get(self.row, index)
+            self.loss.require_backward_grad_sync = index == self.passes - 1  # as DistributedDataParallel.no_sync sets it
             with self.precision.autocast():
-                loss = self.model.loss(x, y, self.blocks) / passes
+                loss = self.loss(x, y) / self.passes
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -505,18 +673,18 @@ class Trainer:
         Returns the losses and gradient norms of the steps taken, one float each.
         """
         self.fill_tables(first, last)
-        together = 32 if self.precision.device.type == "cuda" else 1  # steps queued before the host looks up
         step = first
-        while step < last and not stop.received:
-            until = min(step + together, last)
+        while step < last and not stop.asked():
+            until = min(step + self.together, last)
             for _ in range(step, until):
                 self.graphed_step()
             step = until
+            self.batches.prefetch(step - first)
             if self.precision.device.type == "cuda":
                 torch.cuda.synchronize()
             progress(step)
         taken = step - first
-        return self.losses[:taken].tolist(), self.norms[:taken].tolist()
+        return (summed(self.losses[:taken]) / world_size()).tolist(), self.norms[:taken].tolist()
 
     def state(self):
         """Everything that the next step depends on, as plain values and tensors."""
@@ -596,6 +764,14 @@ class StopRequests:
     def note(self, number, frame):
         self.received = number
         self.__exit__()
+
+    def asked(self):
+        """Whether any process has received one; all of them ask at the same steps, and so stop at the same one."""
+        if world_size() > 1:
+            number = torch.tensor(self.received or 0)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.received = number.item() or None
+        return self.received is not None
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
@@ -677,15 +853,19 @@ def check_evaluated(history, trainer):
         )
 
 
-def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, view=None, save_seconds=30.0):
+def train_model(
+    model, data, settings, out_dir, *, precision=None, fresh=False, view=None, save_seconds=30.0, start_from=None, resident=None
+):
     """Trains a model of this shape on `data`, from its seed's initial weights; returns the history.
 
+    `start_from` is a checkpoint to take the initial weights from instead, and no more than these, as for fine-tuning.
     `model` then holds the weights of the last step, whatever it held before.
 
     Writes `out_dir/ckpt.pt`, the step with the best validation estimate, and `out_dir/last.pt`; unsaved work is
     at most `save_seconds` of training and one evaluation interval. Called again it goes on from `last.pt`, to
     the same end as a run never stopped, or, if that run is finished, only loads it; `fresh=True` starts over.
     An interrupt or a termination ends at a step's edge, saves and returns (a termination then takes its course).
+    Under torchrun all processes call this alike, after `join_processes`; the first one writes. `resident`: see `tokens_on`.
     Raises CheckpointError for a checkpoint of another run, TrainingError for a loss that is no number and where
     the memory does not suffice.
     """
@@ -694,12 +874,13 @@ def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, 
         check_length(len(data.splits[split]), settings.block_size)
     if model.config != settings.model_config(data.vocab_size):
         raise ValueError("The model does not have the shape of these settings and this data: make it with make_model.")
+    start = from_first(lambda: start_weights(start_from, settings, data)) if start_from else (None, None)
     with StopRequests() as stop:
         history = None
         with contextlib.suppress(torch.OutOfMemoryError):
             history = train_loop(
-                model, data, settings, precision, RunStore(Path(out_dir), settings, data, save_seconds), fresh,
-                view or SilentView(), stop,
+                model, data, settings, precision, RunStore(Path(out_dir), settings, data, save_seconds, *start), fresh,
+                view or SilentView(), stop, resident,
             )  # fmt: skip
     if history is None:  # out here nothing of the run is held any more, so the same kernel can try smaller values
         model.zero_grad(set_to_none=True)
@@ -713,15 +894,18 @@ def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, 
     return history
 
 
-def train_loop(model, data, settings, precision, store, fresh, view, stop):
+def train_loop(model, data, settings, precision, store, fresh, view, stop, resident=None):
     """Steps and evaluations in turn, from where the store says, to the end or to a stop; returns the history."""
     model.to(precision.device).train()
     if precision.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(precision.device)
-    trainer = Trainer(model, data, settings, precision)
+    trainer = Trainer(model, data, settings, precision, resident)
     history, step, seconds = store.resume(trainer, fresh)
     if step < settings.max_iters:
-        store.check_writable()
+        from_first(store.check_writable)
+        if trainer.streamed and rank() == 0:
+            print(f"The {len(data.splits['train']):,} training tokens stay on the disk, since {precision.device} has too little "
+                  "room for them; batches are fetched ahead of the steps.")  # fmt: skip
     view.began(step)
     with store.keeping_best():
         while True:
@@ -730,7 +914,7 @@ def train_loop(model, data, settings, precision, store, fresh, view, stop):
                 check_evaluated(history, trainer)
                 store.keep(trainer, history, step, seconds)
                 view.evaluated(history)
-            if step == settings.max_iters or stop.received:
+            if step == settings.max_iters or stop.asked():
                 break
             last = min(step - step % settings.eval_interval + settings.eval_interval, settings.max_iters)
             started = time.perf_counter()
@@ -741,24 +925,40 @@ def train_loop(model, data, settings, precision, store, fresh, view, stop):
             history["step_grad_norm"] += taken[1]
             step += len(taken[0])
     store.finish(trainer, history, step, seconds)
+    summed(torch.zeros(1))  # nobody leaves before the files are written
     view.finished(history, step, trainer.slower_because())
     return history
 
 
 class RunStore:
-    """The two checkpoint files of a run: what is in them, and when they are written."""
+    """The two checkpoint files of a run: what is in them, and when the first process writes them."""
 
-    def __init__(self, folder, settings, data, save_seconds):
+    def __init__(self, folder, settings, data, save_seconds, weights=None, start=None):
         self.best_path, self.last_path = folder / "ckpt.pt", folder / "last.pt"
         self.settings, self.data, self.save_seconds = settings, data, save_seconds
+        self.weights, self.start = weights, start  # to start from in place of the seed's, and what identifies them
         self.unsaved_best, self.saved_step, self.saved_at = None, None, time.monotonic()
 
     def resume(self, trainer, fresh):
         """Puts a saved state into the trainer, or the seed into a new run; returns history, step and seconds."""
-        if fresh or not self.last_path.exists():
-            trainer.model.load_state_dict(make_model(self.settings, self.data).state_dict())
-            torch.manual_seed(self.settings.seed)
+        checkpoint = from_first(lambda: None if fresh or not self.last_path.exists() else self.saved_state())
+        if checkpoint is None:
+            trainer.model.load_state_dict(self.weights or make_model(self.settings, self.data).state_dict())
+            torch.manual_seed(self.settings.seed + rank())  # dropout differs from process to process
             return new_history(), 0, 0.0
+        try:
+            trainer.load_state(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise unusable(self.last_path) from None
+        if rank():  # the file holds the first one's generator: with dropout the others go on in another way, no worse
+            torch.manual_seed((self.settings.seed + rank()) * 1_000_003 + checkpoint["iter_num"])
+        self.saved_step = checkpoint["iter_num"]
+        return checkpoint["history"], checkpoint["iter_num"], checkpoint["seconds"]
+
+    def saved_state(self):
+        """The last checkpoint, if both are of this very run. Raises CheckpointError."""
         checkpoint, best = (self.read(path) for path in (self.last_path, self.best_path))
         # a best state ahead of the last one is from a kill between the two writes: going on comes past it again
         if best["iter_num"] <= checkpoint["iter_num"] and best["best_val_loss"] != checkpoint["best_val_loss"]:
@@ -766,14 +966,7 @@ class RunStore:
                 f"{self.best_path} is not the best state of the run in {self.last_path}: pass fresh=True to train anew, "
                 f"which replaces both, or choose another folder."
             )
-        try:
-            trainer.load_state(checkpoint)
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise unusable(self.last_path) from None
-        self.saved_step = checkpoint["iter_num"]
-        return checkpoint["history"], checkpoint["iter_num"], checkpoint["seconds"]
+        return checkpoint
 
     def check_writable(self):
         """Fails before the first step, not at the first save. Raises CheckpointError."""
@@ -790,7 +983,7 @@ class RunStore:
     def read(self, path):
         """A whole checkpoint of this very run. Raises CheckpointError."""
         checkpoint = load_checkpoint(path)
-        check_same_run(checkpoint, self.settings, self.data, path)
+        check_same_run(checkpoint, self.settings, self.data, path, start_from=self.start)
         dicts, numbers = ("model", "model_args", "optimizer", "scaler", "rng", "history"), ("best_val_loss", "seconds")
         kinds = {**dict.fromkeys(dicts, dict), **dict.fromkeys(numbers, float), "iter_num": int}
         whole = all(isinstance(checkpoint.get(part), kind) for part, kind in kinds.items())
@@ -804,6 +997,7 @@ class RunStore:
             "model_args": asdict(trainer.model.config),
             "settings": asdict(self.settings),
             "data": data_identity(self.data),
+            "start_from": self.start,
             "iter_num": step,
             "best_val_loss": min(history["val_loss"]),
             "history": history,
@@ -812,12 +1006,16 @@ class RunStore:
 
     def keep(self, trainer, history, step, seconds):
         """After an evaluation: holds the state if it is the best, and writes both files when it is time."""
+        if rank():
+            return
         if history["val_loss"][-1] == min(history["val_loss"]):
             self.unsaved_best = copy.deepcopy(self.checkpoint(trainer, history, step, seconds))
         if time.monotonic() - self.saved_at >= self.save_seconds:
             self.write(trainer, history, step, seconds)
 
     def write(self, trainer, history, step, seconds):
+        if rank():
+            return
         # the best first: were only it written, going on from the older last would come past it again
         if self.unsaved_best is not None:
             save_checkpoint(self.best_path, self.unsaved_best)
@@ -1109,7 +1307,7 @@ def loss_by_position(model, data, split="val", blocks=400):
     """
     block, device = model.config.block_size, next(model.parameters()).device
     quarter = max(1, block // 4)
-    tokens = tokens_on(device, data.splits[split])[: blocks * quarter + block + 1]
+    tokens = tokens_on(device, data.splits[split][: blocks * quarter + block + 1])
     starts = torch.arange(0, len(tokens) - block, quarter, device=device)
     totals = [0.0] * 4
     with evaluation_mode(model):
@@ -1330,3 +1528,59 @@ def distribution_figure(datasets, colors):
         axes.loglog(np.arange(1, len(counts) + 1), counts, color=color)
         axes.set(title=data.title, xlabel="rank", ylabel="occurrences in the training split")
     return figure
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+def out_folder(name):
+    """Where the notebook and the command keep the run on the data set of this name."""
+    return f"out-{'shakespeare' if name == 'shakespeare_char' else name}-test"
+
+
+def settings_with(settings, changes):
+    """The settings with changes such as "dropout=0.2". Raises ValueError."""
+    values = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in asdict(settings):
+            raise ValueError(f"There is no setting {field!r}: --set takes FIELD=VALUE with one of {', '.join(asdict(settings))}.")
+        with contextlib.suppress(ValueError, SyntaxError):  # what is no number stays text, which Settings refuses by name
+            value = ast.literal_eval(value)
+        values[field] = value
+    return replace(settings, **values)
+
+
+def main(arguments=None):
+    """`python helpers.py wikitext2`: trains as the notebook's cell does, to the same folder; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Train on a data set, also under torchrun; the notebook then loads the run.")
+    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a folder's name under data/ (see data/own.py)")
+    parser.add_argument("--preset", help="full, quick or smoke")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting other than the preset's")
+    parser.add_argument("--fresh", action="store_true", help="train anew even where a checkpoint of the run exists")
+    parser.add_argument("--out", help="the run's folder (default: the notebook's)")
+    parser.add_argument("--start-from", metavar="CKPT", help="initial weights from this checkpoint")
+    options = parser.parse_args(arguments)
+    try:
+        precision = choose_precision(join_processes())
+        preset, name = choose_preset(options.preset), options.dataset
+        settings = settings_with(preset.shakespeare if name == "shakespeare_char" else preset.wikitext2, options.set)
+        folder = ROOT / name
+        if name in NAMES:  # by the first process alone; on other hosts the prepared folder must be there
+            folder = from_first(lambda: prepare(name, allow_stand_in=not preset.needs_real_data))
+        data = load(folder)
+        out, view = options.out or out_folder(name), SilentView() if rank() else LiveView(data, settings, None)
+        history = train_model(make_model(settings, data), data, settings, out, precision=precision, fresh=options.fresh,
+                              view=view, start_from=options.start_from)  # fmt: skip
+    except (CheckpointError, TrainingError, DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not rank():
+        print(reading_of_training(Run(data, settings, history, out, None)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
