@@ -28,8 +28,8 @@ if __name__ == "__main__":      # run as a script, sys.path starts at this folde
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.dataset import DTYPE, FORMAT, CharTokenizer, GPT2Tokenizer, Tokenizer, load
-from data.fetch import DataError, reason, replacing
-from data.prepare import NAMES, ROOT, describe, find_damage
+from data.fetch import GPT2_FILES, DataError, Unavailable, reason, replacing
+from data.prepare import NAMES, ROOT, describe, find_damage, refusal
 
 PIECE = 1 << 20                 # bytes read at a time, and about what is encoded at a time
 SAVED = 1 << 26                 # bytes of text between two states from which an interrupted preparation goes on
@@ -56,9 +56,9 @@ def prepare_text(source: Path | str, name: str | None = None, tokenizer: str = "
     folder = root / checked_name(source, name, tokenizer)
     parts = find_parts(source)
     digest, chars = survey(parts, tokenizer == "char")
-    made = GPT2Tokenizer(root) if tokenizer == "gpt2" else CharTokenizer(chars)
     if is_of(folder, digest, tokenizer):
         return folder
+    made = CharTokenizer(chars) if tokenizer == "char" else gpt2_tokenizer(root)
     cut, end = find_cut(parts), parts[-1].end
     plan = {"text": digest, "tokenizer": tokenizer, "cut": cut}
     try:
@@ -84,6 +84,16 @@ def checked_name(source: Path | str, name: str | None, tokenizer: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN:
         raise ValueError(f"A set cannot be called {name!r}: give another name, of letters, digits, - and _.")
     return name
+
+
+def gpt2_tokenizer(root: Path) -> GPT2Tokenizer:
+    """GPT-2's tokenizer, once its files are there. Unavailable says which to put where."""
+    tokenizer = GPT2Tokenizer(root)
+    try:
+        tokenizer.encode("")
+    except Unavailable as error:
+        raise Unavailable(refusal("The text", GPT2_FILES, root, error) + " By character it needs no files.") from error
+    return tokenizer
 
 
 def is_of(folder: Path, digest: str, tokenizer: str) -> bool:
@@ -203,8 +213,8 @@ def find_cut(parts: list[Part]) -> int:
     """The byte at which validation begins: where SPLIT_RULE says, within 5% of the text or 4 MiB of the place."""
     end = parts[-1].end
     mark = end * 9 // 10
-    reach = min(end // 20, 1 << 22)
-    start = mark - reach
+    reach = min(max(end // 20, 64), 1 << 22)
+    start = max(0, mark - reach)
     near = b"".join(read(parts, start, mark + reach))
     for ends in (rb"\n(?:[ \t\r]*\n)+", rb"\n", rb"(?=[\x00-\x7f\xc0-\xff])"):  # the last: where a character begins
         places = [start + match.end() for match in re.finditer(ends, near)]
@@ -228,7 +238,7 @@ def pieces(parts: list[Part], start: int, stop: int):
         cut = visible.end() if visible else 0 if end < stop else len(text)
         rest = text[cut:]
         if len(rest) > LONGEST:
-            raise DataError(f"{parts[0].path} and what follows has {len(rest):,} characters without white space after "
+            raise DataError(f"{parts[0].path} and what follows has {len(rest):,} characters without a blank after "
                             "a visible one: leave out what is no text.")
         if cut:
             yield text[:cut], end - len(rest.encode())
