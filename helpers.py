@@ -767,11 +767,12 @@ class StopRequests:
 
     def asked(self):
         """Whether any process has received one; all of them ask at the same steps, and so stop at the same one."""
-        if world_size() > 1:
-            number = torch.tensor(self.received or 0)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.received = number.item() or None
-        return self.received is not None
+        if world_size() == 1:
+            return self.received is not None
+        number = torch.tensor(self.received or 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.received = self.received or number.item() or None  # one that came since is agreed on next time
+        return number.item() > 0
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
@@ -1112,11 +1113,11 @@ class LiveView:
             self.line = display(Markdown(""), display_id=True)
             self.picture = display(Markdown(""), display_id=True)
             self.table = display(Markdown(""), display_id=True)
-        else:
-            self.bar = tqdm(total=settings.max_iters, desc=self.title, unit="step")
 
     def began(self, step):
         self.first = step
+        if self.line is None:
+            self.bar = tqdm(total=self.settings.max_iters, desc=self.title, unit="step")
 
     def progress(self, step):
         now = time.perf_counter()
