@@ -8,8 +8,10 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import gc
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -30,13 +32,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.dataset import load
 from data.fetch import DataError, replacing
 from data.prepare import NAMES, ROOT, prepare
-from model import GPT, GPTConfig, GraphedStep, fused_loss_obstacle
+from model import GPT, GPTConfig, GraphedStep, Muon, fused_loss_obstacle, turns
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -52,12 +55,17 @@ class Settings:
     n_embd: int = 384
     dropout: float = 0.1
     bias: bool = True
+    rotary: bool = False  # this and the next three: see GPTConfig
+    qk_norm: bool = False
+    squared_relu: bool = False
+    pointer: bool = False
     learning_rate: float = 1e-3  # peak, reached after the warm-up
     min_lr: float = 1e-4  # floor, reached when the last step is done
     decay_lr: bool = True  # cosine from the peak to the floor; False: the peak throughout
     max_iters: int = 5000  # optimizer steps
     warmup_iters: int = 200
     weight_decay: float = 0.1  # on matrices only
+    muon_factor: float = 0.0  # Muon moves the blocks' matrices, at a rate so many times higher; 0: AdamW does
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
@@ -78,7 +86,7 @@ class Settings:
             _require(value >= 1, field, self, "a whole number of at least 1")
         for field in ("learning_rate", "min_lr"):
             _require(0 < getattr(self, field) < math.inf, field, self, "a number above 0")
-        for field in ("weight_decay", "grad_clip"):
+        for field in ("weight_decay", "grad_clip", "muon_factor"):
             _require(0 <= getattr(self, field) < math.inf, field, self, "a number of at least 0")
         for field in ("warmup_iters", "seed"):
             value = getattr(self, field)
@@ -111,6 +119,8 @@ class Preset:
     shakespeare: Settings
     needs_real_data: bool  # False: the stand-in will do where the real texts cannot be had
     score_everything: bool  # False: without the training split and validation by sliding windows, minutes on a CPU
+    beyond: tuple = ()  # settings of the section beyond the plan, for both data sets; empty: kept results are shown
+    seeds: int = 3  # runs of each of these
     new_tokens: int = 150  # generated tokens a sample
     temperature: float = 0.8
     top_k: int = 40
@@ -128,8 +138,17 @@ def choose_preset(name=None):
         quick, block_size=32, n_layer=2, n_head=2, n_embd=16, batch_size=4, max_iters=20, warmup_iters=4,
         eval_interval=5, eval_iters=2,
     )  # fmt: skip
+    modern = dict(rotary=True, qk_norm=True, squared_relu=True, bias=False, muon_factor=20.0)
+    beyond = (
+        replace(full, **modern, pointer=True, batch_size=24, block_size=512, dropout=0.35, min_lr=1e-5, warmup_iters=300,
+                eval_interval=500, eval_iters=25, compile=True),
+        replace(full, **modern, batch_size=64, dropout=0.4, weight_decay=0.3, min_lr=1e-5, max_iters=3000, warmup_iters=100,
+                eval_iters=40, compile=True),
+    )  # fmt: skip
+    plan = Preset("full", full, replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4), True, True)
     presets = {
-        "full": Preset("full", full, replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4), True, True),
+        "full": plan,
+        "record": replace(plan, name="record", beyond=beyond),
         "quick": Preset("quick", quick, replace(quick, n_embd=128, max_iters=800, eval_interval=100), False, False),
         "smoke": Preset("smoke", smoke, smoke, False, False, new_tokens=20),
     }
@@ -349,13 +368,22 @@ def own_share(starts):
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
-def summed_nats(model, x, targets):
-    """Total cross-entropy, in nats, of hidden states (N, C) against targets (N,), in float64."""
-    rows = 8192  # what a card of a few GB holds logits for
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for states, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-        total += model.summed_nats(states, wanted)
-    return total
+def nats_of(model, idx, targets, chosen=None, words=None, places=None):
+    """Cross-entropy in nats (N,) of the targets (B, T) behind windows `idx` (B, T): of all, or where `chosen` (B, T) is true.
+
+    With `words`, among the tokens that may follow at `places` (B, T) in that tree of words.
+    """
+    x = model.hidden(idx)
+
+    def pick(part):
+        return part.flatten(0, 1) if chosen is None else part[chosen]
+
+    rows = [pick(part) for part in (x, targets, *(model.copies(x, idx) or ()))]
+    if words is None:  # as many rows together as a card of a few GB holds logits for
+        parts = zip(*(part.split(8192) for part in rows), strict=True)
+        return torch.cat([model.nats(states, wanted, copies or None) for states, wanted, *copies in parts])
+    parts = zip(*(part.split(2048) for part in (pick(places), *rows)), strict=True)
+    return torch.cat([words.nats(model.head(states, copies=copies or None).float(), wanted, at) for at, states, wanted, *copies in parts])
 
 
 @contextlib.contextmanager
@@ -379,7 +407,7 @@ def estimate_loss(model, tokens, settings, precision):
     with evaluation_mode(model), precision.autocast():
         for part in starts[rank() :: world_size()].split(max(1, 16384 // settings.block_size)):
             x, y = get_batch(tokens, part, settings.block_size)
-            total += summed_nats(model, model.hidden(x).flatten(0, 1), y.flatten())
+            total += nats_of(model, x, y).sum(dtype=torch.float64)
     return summed(total).item() / (len(starts) * settings.block_size)
 
 
@@ -412,30 +440,161 @@ class Score:
         return math.exp(self.nats / self.words) if self.words else None
 
 
-def score_split(model, data, split, stride=None):
-    """Scores every token of a split exactly once, in float32; returns a Score.
+def score_split(model, data, split, stride=None, words=None):
+    """Scores every token of a split exactly once, in float32; returns a Score. See `token_nats`."""
+    return score_of(token_nats(model, data, split, stride, words), data, split)
+
+
+def score_of(nats, data, split):
+    return Score(nats.sum(dtype=torch.float64).item(), len(nats), data.bytes[split], data.words.get(split))
+
+
+def token_nats(model, data, split, stride=None, words=None):
+    """Nats (N,) of each of a split's tokens, in order.
 
     Without a stride, in non-overlapping blocks: a block's first token sees only the last token before it. With
     one, in windows that move on by `stride` tokens, so that each token sees at least block - stride others.
-    The split's first token is predicted from a line end.
+    The split's first token is predicted from a line end. `words`, a WordTree, leaves only its words to choose from.
     """
-    block = model.config.block_size
-    device = next(model.parameters()).device
+    device, block = next(model.parameters()).device, model.config.block_size
+    tokens, windows = scoring_windows(data, split, block, stride, device)
+    places = words.places(data, split).to(device) if words else None
+    with evaluation_mode(model):
+        return torch.cat([
+            nats_of(model, before, tokens_at(tokens, inside), scored, words, words and places[inside])
+            for before, inside, scored in windows
+        ])  # fmt: skip
+
+
+def scoring_windows(data, split, block, stride, device):
+    """The tokens (N,) of a split, from `tokens_on`, and windows over them, some at a time.
+
+    A window is the tokens (B, T) that it sees, the places (B, T) after them, and a mask (B, T) of those that it scores.
+    """
     tokens = tokens_on(device, data.splits[split])
     stride = block if stride is None else stride
     if not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: give a number of tokens from 1 to the block's {block}.")
-    firsts = torch.arange(0, len(tokens), stride, device=device)  # first target of each window
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    with evaluation_mode(model):
-        for part in firsts.split(max(1, 32768 // block)):
+
+    def windows():
+        for part in torch.arange(0, len(tokens), stride, device=device).split(max(1, 32768 // block)):
             starts = (part - (block - stride)).clamp(min=0)
             positions = starts[:, None] + torch.arange(block, device=device)
             scored = (positions >= part[:, None]) & (positions < (part + stride).clamp(max=len(tokens))[:, None])
             inside = positions.clamp(max=len(tokens) - 1)  # what overhangs the end is never seen: causal
-            before = tokens_at(tokens, (inside - 1).clamp(min=0)).where(inside > 0, data.first_context)
-            total += summed_nats(model, model.hidden(before)[scored], tokens_at(tokens, inside)[scored])
-    return Score(total.item(), len(tokens), data.bytes[split], data.words.get(split))
+            yield tokens_at(tokens, (inside - 1).clamp(min=0)).where(inside > 0, data.first_context), inside, scored
+
+    return tokens, windows()
+
+
+def mixed(nats):
+    """Nats (N,) a token of an ensemble that averages its members' probabilities; `nats` (M, N) are theirs."""
+    return math.log(len(nats)) - torch.logsumexp(-nats.double(), dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class WordTree:
+    """The words of a training split, as a tree of tokens that says which token may come next.
+
+    Published WikiText-2 models choose among the 33,278 words of its vocabulary, line end and `<unk>` included.
+    So does a model of word pieces whose probabilities are shared out anew among the pieces that go on to one of
+    these words. A word is a token that begins with a space, and those after it that do not.
+    """
+
+    first: torch.Tensor  # (R,) tokens that begin a word
+    inner: torch.Tensor  # (nodes, K) tokens that go on from a node, filled up with -1
+    ends: torch.Tensor  # (nodes,) whether a word may be complete there
+    nodes: dict  # from a word's first tokens, a tuple, to its node; the empty one is between words
+    words: frozenset  # each a tuple of tokens
+
+    @functools.cache  # a walk of seconds, and the same for every model
+    def places(self, data, split):
+        """The node (N,) at which each token of a split is chosen. Raises ValueError for a word that is not in the tree."""
+        places = []
+        for word in split_words(data, split):
+            if word not in self.words:
+                raise ValueError(f"{data.tokenizer.decode(word)!r} of the {split} split is no word of the training split: score without words.")
+            places += [self.nodes[word[:length]] for length in range(len(word))]
+        return torch.tensor(places)
+
+    def nats(self, logits, targets, places):
+        """Nats (N,) of targets (N,), by logits (N, V) of the tokens that may come next at `places` (N,)."""
+        inner = self.inner[places]
+        within = logits.gather(1, inner.clamp(min=0)).masked_fill(inner < 0, -math.inf)
+        between = logits[:, self.first].logsumexp(1).masked_fill(~self.ends[places], -math.inf)
+        total = torch.cat([within, between[:, None]], dim=1).logsumexp(1)
+        return total - logits.gather(1, targets[:, None])[:, 0]
+
+
+def split_words(data, split):
+    """A split's words, each a tuple of tokens."""
+    begins = np.array([data.tokenizer.decode([token]).startswith(" ") for token in range(data.vocab_size)])
+    tokens = np.asarray(data.splits[split])
+    starts = np.flatnonzero(begins[tokens])
+    return [tuple(word.tolist()) for word in np.split(tokens, starts[starts > 0])]
+
+
+def word_tree(data, device):
+    """The WordTree of a data set; None if its other splits hold words that the training split lacks."""
+    words = frozenset(split_words(data, "train"))
+    if not all(words.issuperset(split_words(data, split)) for split in data.splits):
+        return None
+    following = {(): set()}
+    for word in sorted(words):
+        for length in range(1, len(word)):
+            following.setdefault(word[:length], set()).add(word[length])
+        following.setdefault(word, set())
+    inner = torch.full((len(following), max(1, *map(len, following.values()))), -1)
+    for node, tokens in enumerate(following.values()):
+        inner[node, : len(tokens)] = torch.tensor(sorted(tokens), dtype=torch.int64)
+    ends = torch.tensor([not prefix or prefix in words for prefix in following])
+    first = torch.tensor(sorted({word[0] for word in words}))
+    nodes = {prefix: node for node, prefix in enumerate(following)}
+    return WordTree(first.to(device), inner.to(device), ends.to(device), nodes, words)
+
+
+def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
+    """Nats (N,) of a split's tokens, or of its first `n_tokens`, by a copy of the model that learns as it reads.
+
+    Dynamic evaluation (Krause et al. 2018): an eighth of a block is scored, then learnt from in one step of Adam
+    without first moments, then the next eighth is read. No token moves a score before its own or its own.
+    """
+    device, block = next(model.parameters()).device, model.config.block_size
+    stride = max(1, block // 8)
+    model = copy.deepcopy(model).eval()
+    tokens = tokens_on(device, data.splits[split][:n_tokens], resident=True).long()
+    places = words.places(data, split).to(device)[: len(tokens)] if words else torch.zeros_like(tokens)
+    inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])
+    length, inputs, tokens, places = len(tokens), *(F.pad(values, (0, block)) for values in (inputs, tokens, places))
+    begins = torch.arange(0, length, stride, device=device)
+    nats, row = torch.zeros(len(begins), stride, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.0, 0.999), fused=True, capturable=device.type == "cuda")
+
+    def step():
+        begin = begins[row]
+        start = (begin - (block - stride)).clamp(min=0)
+        scored = begin + torch.arange(stride, device=device)
+        idx, rows = inputs[start + torch.arange(block, device=device)][None], scored - start
+        x = model.hidden(idx)
+        copies = model.copies(x, idx)
+        logits = model.head(x[0, rows], copies=copies and tuple(part[0, rows] for part in copies)).float()
+        losses = words.nats(logits, tokens[scored], places[scored]) if words else F.cross_entropy(logits, tokens[scored], reduction="none")
+        nats.index_copy_(0, row, losses.detach()[None])
+        (losses * (scored < length)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        row.add_(1)
+
+    graphed = GraphedStep(step, enabled=device.type == "cuda", recover=lambda: optimizer.zero_grad(set_to_none=True))
+    for _ in range(len(begins)):
+        graphed()
+    return nats.flatten()[:length]
+
+
+def choose_rate(model, data, words=None, rates=(1e-5, 2e-5, 4e-5)):
+    """The rate of dynamic evaluation with the least loss on the first quarter of the validation split."""
+    n_tokens = len(data.splits["val"]) // 4
+    return min(rates, key=lambda rate: dynamic_nats(model, data, "val", rate, words, n_tokens).mean().item())
 
 
 def score_baselines(data, split):
@@ -607,7 +766,11 @@ class Trainer:
         self.tokens = {name: tokens_on(device, data.splits[name], resident) for name in ("train", "val")}
         self.rate = torch.zeros((), device=device)
         betas = (settings.beta1, settings.beta2)
-        self.optimizer = model.configure_optimizers(settings.weight_decay, self.rate, betas, device.type)
+        matrices = model.block_matrices() if settings.muon_factor else []
+        adamw = model.configure_optimizers(settings.weight_decay, self.rate, betas, device.type, leave_out=matrices)
+        self.optimizers = {"optimizer": adamw}
+        if matrices:
+            self.optimizers["muon"] = Muon(matrices, self.rate, settings.muon_factor, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         self.together = 32 if device.type == "cuda" else 1  # steps queued before the host looks up
         shape = own_share(torch.empty(rows, settings.gradient_accumulation_steps, settings.batch_size)).shape
@@ -635,7 +798,7 @@ class Trainer:
         self.row.zero_()
 
     def step(self):
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.rate.copy_(self.rates[self.row][0])
         total = torch.zeros_like(self.rate)
         for index in range(self.passes):
@@ -645,9 +808,11 @@ class Trainer:
                 loss = self.loss(x, y) / self.passes
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
         norm = clip_gradients(self.model.parameters(), self.settings.grad_clip)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.losses.index_copy_(0, self.row, total[None])
         self.norms.index_copy_(0, self.row, norm[None])
@@ -663,7 +828,7 @@ class Trainer:
 
     def forget_step(self):
         """After a capture that failed: nothing of the step was computed, so nothing of it may stay."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self.scaler.update(self.scaler.get_scale())  # the same scale, and no trace of the step in the scaler
 
@@ -691,7 +856,7 @@ class Trainer:
         cuda = self.precision.device.type == "cuda"
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "rng": {
                 "cpu": torch.get_rng_state(),
@@ -701,10 +866,12 @@ class Trainer:
 
     def load_state(self, state):
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate  # loading put a copy there, which the step would not move
-            group["capturable"] = self.precision.device.type == "cuda"  # the file may be of another device
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate  # loading put a copy there, which the step would not move
+                if "capturable" in group:
+                    group["capturable"] = self.precision.device.type == "cuda"  # the file may be of another device
         if state["scaler"]:  # there is none, where the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
@@ -723,7 +890,8 @@ def compiled_blocks(model, precision, batch_size=1):
         with precision.autocast():
             shape = (batch_size, model.config.block_size, model.config.n_embd)
             x = torch.zeros(shape, device=precision.device, requires_grad=True)
-            blocks[0](x, None).sum().backward()
+            by = turns(torch.arange(x.size(1), device=x.device), x.size(2) // model.config.n_head) if model.config.rotary else None
+            blocks[0](x, by, None).sum().backward()
         return blocks
     except Exception as error:
         print(f"Training runs uncompiled, a little slower: {type(error).__name__} from torch.compile.")
@@ -1284,6 +1452,41 @@ def score_run(run, device, splits, sliding):
     return scores | {("last", split, "blocks"): score_split(last, run.data, split) for _, split, m in scores if m == "blocks"}
 
 
+def train_seeds(data, settings, folder, color, precision, seeds, fresh=False):
+    """One run for each of so many seeds from the settings' own on, only the first one shown live; returns Runs."""
+    runs = []
+    for seed in range(settings.seed, settings.seed + seeds):
+        own, place = replace(settings, seed=seed), f"{folder}-{seed}"
+        view = LiveView(data, own, color) if seed == settings.seed else SilentView()
+        history = train_model(make_model(own, data), data, own, place, precision=precision, fresh=fresh, view=view)
+        runs.append(Run(data, own, history, place, color))
+    return runs
+
+
+def score_beyond(runs, device):
+    """Exact scores of runs that differ by their seed: a dict from method to {split: Scores}, and the dynamic rate.
+
+    One Score a run by sliding windows; one of all by the mean of their probabilities; one of the first as it learns
+    while it reads. Where the training split holds all words, also among these alone.
+    """
+    data, models = runs[0].data, [run.load("best", device) for run in runs]
+    words, stride, scores = word_tree(data, device), max(1, runs[0].settings.block_size // 8), {}
+    for tree, choice in ((None, ""), (words, ", among its words")) if words else ((None, ""),):
+        for split in (split for split in data.splits if split != "train"):
+            nats = torch.stack([token_nats(model, data, split, stride, tree) for model in models])
+            scores.setdefault(f"one model{choice}", {})[split] = [score_of(own, data, split) for own in nats]
+            scores.setdefault(f"ensemble of {len(runs)}{choice}", {})[split] = [score_of(mixed(nats), data, split)]
+    rate = choose_rate(models[0], data, words)
+    learning = {split: [score_of(dynamic_nats(models[0], data, split, rate, words), data, split)] for split in next(iter(scores.values()))}
+    return scores | {f"one model that learns as it reads{choice}": learning}, rate
+
+
+def spread(values):
+    """Mean, and half of the distance from the lowest to the highest."""
+    values = list(values)
+    return sum(values) / len(values), (max(values) - min(values)) / 2
+
+
 def complete(model, data, prompt, preset, precision, new_tokens=None, seed=1337):
     """The prompt and its continuation by the model, as text; computed in weights of the run's type."""
     ids = torch.tensor([data.tokenizer.encode(prompt)], dtype=torch.long, device=precision.device)
@@ -1314,10 +1517,9 @@ def loss_by_position(model, data, split="val", blocks=400):
     with evaluation_mode(model):
         for part in starts.split(max(1, 32768 // block)):
             x, y = get_batch(tokens, part, block)
-            states = model.hidden(x)
+            nats = nats_of(model, x, y).view_as(x)
             for index in range(4):
-                place = slice(index * quarter, (index + 1) * quarter)
-                totals[index] += summed_nats(model, states[:, place].flatten(0, 1), y[:, place].flatten()).item()
+                totals[index] += nats[:, index * quarter : (index + 1) * quarter].sum(dtype=torch.float64).item()
     return [total / (quarter * len(starts)) for total in totals]
 
 
@@ -1326,6 +1528,147 @@ def most_common(data, count):
     counts = np.bincount(data.splits["train"], minlength=data.vocab_size)
     top = np.argsort(-counts, kind="stable")[:count]
     return [(data.tokenizer.decode([token]), counts[token] / counts.sum()) for token in top]
+
+
+# ---------------------------------------------------------------------------------- the sensitivity study
+
+RESULTS = Path(__file__).resolve().parent / ".results"  # small files of what took long to measure
+
+STUDIED = {
+    "learning_rate": (3e-4, 1e-3, 3e-3),
+    "batch_size": (6, 12, 24),
+    "n_embd": (192, 384, 576),
+    "block_size": (128, 256, 512),
+    "dropout": (0.0, 0.1, 0.3),
+}
+
+
+def one_away(settings, share, studied):
+    """(parameter, value, Settings) for each studied value, the others as they are, at a share of the tokens for all."""
+    budget = share * settings.max_iters * settings.tokens_per_step
+    for parameter, values in studied.items():
+        for value in values:
+            changed = {parameter: value}
+            if parameter == "learning_rate":
+                changed["min_lr"] = value * settings.min_lr / settings.learning_rate
+            if parameter == "n_embd":  # heads keep their width
+                changed["n_head"] = max(1, round(value * settings.n_head / settings.n_embd))
+            changed = replace(settings, **changed)
+            steps = round(budget / changed.tokens_per_step)
+            yield parameter, value, replace(
+                changed, max_iters=steps, eval_interval=steps, warmup_iters=round(steps * settings.warmup_iters / settings.max_iters)
+            )
+
+
+def sensitivity_study(datasets, all_settings, precision, share=0.2, seeds=(1337, 1338), studied=None):
+    """Trains with one value at a time changed; returns the results as plain values. Nothing is saved while it trains."""
+    rows, known = [], {}
+    for data, settings in zip(datasets, all_settings, strict=True):
+        for parameter, value, changed in one_away(settings, share, studied or STUDIED):
+            for seed in seeds:
+                own = replace(changed, seed=seed)
+                if (data.name, own) not in known:  # what stands in the middle is trained once
+                    model, seconds = train_unsaved(data, own, precision)
+                    known[data.name, own] = score_split(model, data, "val").loss, seconds
+                loss, seconds = known[data.name, own]
+                rows.append(dict(data=data.title, unit=unit_of(data), parameter=parameter, value=value, seed=seed, steps=own.max_iters,
+                                 tokens=own.max_iters * own.tokens_per_step, loss=loss, seconds=seconds))  # fmt: skip
+    return {"made by": describe_machine(precision) | {"code": code_sum()}, "share": share, "rows": rows}
+
+
+def train_unsaved(data, settings, precision):
+    """A model trained by the same step as any, without evaluations and files; returns it and the seconds."""
+    model = make_model(settings, data).to(precision.device).train()
+    torch.manual_seed(settings.seed)
+    trainer = Trainer(model, data, settings, precision)
+    started = time.perf_counter()
+    for first in range(0, settings.max_iters, settings.eval_interval):
+        last = min(first + settings.eval_interval, settings.max_iters)
+        check_finite(trainer.advance(first, last, StopRequests(), lambda step: None), first, trainer)
+    return model, time.perf_counter() - started
+
+
+def code_sum():
+    """The first digits of the SHA-256 of the code that trains: names what made a kept result."""
+    here = Path(__file__).resolve().parent
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("model.py", "helpers.py"))).hexdigest()[:12]
+
+
+def read_results(name):
+    """A kept result file; None where there is none."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_results(name, results):
+    RESULTS.mkdir(exist_ok=True)
+    write_atomically(RESULTS / name, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
+
+
+def sensitivity(datasets, all_settings, precision):
+    """The kept study, or with NANOGPT_SENSITIVITY=1 a new one, which is then kept. Raises ValueError where there is none."""
+    if os.environ.get("NANOGPT_SENSITIVITY") == "1":
+        write_results("sensitivity.json", sensitivity_study(datasets, all_settings, precision))
+    study = read_results("sensitivity.json")
+    if study is None:
+        raise ValueError(f"{RESULTS / 'sensitivity.json'} is missing: put it back, or set NANOGPT_SENSITIVITY=1 to measure it, minutes on a GPU.")
+    return study
+
+
+def study_means(study):
+    """{data: {parameter: [(value, mean loss, half spread, seconds)]}} over the seeds of a study."""
+    means = {}
+    for row in study["rows"]:
+        means.setdefault(row["data"], {}).setdefault(row["parameter"], {}).setdefault(row["value"], []).append(row)
+    return {
+        data: {
+            parameter: [(value, *spread(row["loss"] for row in rows), spread(row["seconds"] for row in rows)[0]) for value, rows in values.items()]
+            for parameter, values in parameters.items()
+        }
+        for data, parameters in means.items()
+    }
+
+
+def sensitivity_text(study):
+    """What a study found: for each data set, parameters by how far their values lie apart."""
+    lines = []
+    for data, parameters in study_means(study).items():
+        ranges = {}
+        for parameter, values in parameters.items():
+            losses = [loss for _, loss, _, _ in values]
+            best = min(values, key=lambda row: row[1])
+            doubt = max(half for _, _, half, _ in values)
+            ranges[parameter] = max(losses) - min(losses), best, doubt
+        order = sorted(ranges, key=lambda parameter: -ranges[parameter][0])
+        told = [
+            f"`{parameter}` moves the loss by {ranges[parameter][0]:.3f} nats, "
+            + (f"best at {ranges[parameter][1][0]:g}" if ranges[parameter][0] > 2 * ranges[parameter][2] else "little more than the seeds do")
+            for parameter in order
+        ]
+        rates = {value: loss for value, loss, _, _ in parameters["learning_rate"]} if "learning_rate" in parameters else {}
+        guess = ""
+        if {1e-3, 3e-3} <= rates.keys():
+            better, worse = sorted((1e-3, 3e-3), key=rates.get)
+            guess = f" Of the two rates that the plan guesses, {better:g} is better than {worse:g} by {rates[worse] - rates[better]:.3f} nats."
+        lines.append(f"**{data}**: {'; '.join(told)}.{guess}")
+    return "\n\n".join(lines)
+
+
+def sensitivity_figure(study, colors):
+    """Small multiples: loss against each parameter, a row a data set; lines are means, dots are seeds."""
+    means = study_means(study)
+    figure, panels = plt.subplots(len(means), len(next(iter(means.values()))), figsize=(13, 2.8 * len(means)), layout="constrained",
+                                  sharey="row", squeeze=False)  # fmt: skip
+    for line, (data, parameters), color in zip(panels, means.items(), colors):
+        for axes, (parameter, values) in zip(line, parameters.items()):
+            places = {value: place for place, (value, *_) in enumerate(values)}
+            rows = [row for row in study["rows"] if (row["data"], row["parameter"]) == (data, parameter)]
+            axes.plot(list(places.values()), [loss for _, loss, _, _ in values], color=color)
+            axes.plot([places[row["value"]] for row in rows], [row["loss"] for row in rows], "o", color=color, alpha=0.6)
+            axes.set_xticks(list(places.values()), [f"{value:g}" for value in places])
+            axes.set(xlabel=parameter, xlim=(-0.4, len(places) - 0.6))
+        line[0].set_ylabel(f"{data}\nvalidation loss (nats a {rows[0]['unit']})")
+    return figure
 
 
 # ------------------------------------------------------------------------------------------ text and tables
@@ -1359,7 +1702,9 @@ MADE_IN = {
     "section 11": "best_models after",
     "section 12": "positions",
     "section 13": "top",
-    "section 15, further up": "findings advice published literature ours comparable mine",
+    "section 14": "study",
+    "section 15": "findings advice published literature ours comparable mine",
+    "section 16": "beyond beyond_scores",
 }
 
 
@@ -1416,10 +1761,10 @@ def reading_of_training(run):
     )
 
 
-def show_samples(title, before, after):
-    """Continuations of the same prompts, before and after training, to the letter."""
-    for number, (untrained, trained) in enumerate(zip(before, after), 1):
-        say(f"**{title}, prompt {number}, before training**\n\n````text\n{untrained}\n````\n\n**after training**\n\n````text\n{trained}\n````")
+def show_samples(title, first, second, names=("before training", "after training")):
+    """Two continuations of each of the same prompts, to the letter."""
+    for number, (one, other) in enumerate(zip(first, second), 1):
+        say(f"**{title}, prompt {number}, {names[0]}**\n\n````text\n{one}\n````\n\n**{names[1]}**\n\n````text\n{other}\n````")
 
 
 def headline_rows(runs, scores, models):
@@ -1441,7 +1786,55 @@ def headline_rows(runs, scores, models):
     ]  # fmt: skip
 
 
-def headline_text(runs, scores, models, precision, preset):
+def beyond_rows(run, found):
+    """Scores of a recipe beyond the plan as table rows; `run` is its first seed's, and what is shown is of that one."""
+    for method, splits in found.items():
+        for split, scores in splits.items():
+            one, words = scores[0], scores[0].word_perplexity
+            half = f"{spread(score.loss for score in scores)[1]:.4f}" if len(scores) > 1 else ""
+            by_word = f"{words:.2f}" if run.data.tokenizer.name != "char" else "not counted by word"
+            yield run.title, split, method, f"{one.loss:.4f}", half, by_word, f"{one.bits_per_byte:.4f}"
+
+
+def steps_rows(kept, runs, scores, beyond, beyond_scores):
+    """The way from the plan's models to those beyond it: this report's first and last, and between them kept results."""
+    for index, run in enumerate(runs):
+        chars, way = run.data.tokenizer.name == "char", []
+        if (plain := scores[index].get(("best", "val", "sliding"))) is not None:
+            way.append(("the plan's settings, this run", run.title, plain.loss, plain.word_perplexity, run.last["seconds"]))
+        for step in (kept or {}).get("steps", ()) if not run.data.stand_in else ():
+            if step["data"] == run.title:
+                way.append((step["change"], run.title, step["loss"], step["word_perplexity"], step["seconds"]))
+        for group, (found, _) in zip(beyond[index : index + 1], beyond_scores[index : index + 1]):
+            for method, splits in found.items():
+                name = f"{(kept or {}).get('last', {}).get(run.title, '')} this run: {method}".strip()
+                way.append((name, run.title, splits["val"][0].loss, splits["val"][0].word_perplexity, group[0].last["seconds"]))
+        for before, (change, title, loss, words, seconds) in zip([None, *way], way):
+            gain = f"{before[2] - loss:+.4f}" if before else ""
+            yield change, title, f"{loss:.4f}", gain, "not counted by word" if chars else f"{words:.2f}", f"{seconds:.1f}"
+
+
+def beyond_text(ours, best_single, adapting):
+    """How methods of this report, a dict to test perplexity a word, stand to the best published ones."""
+    name, _, published, _ = best_single
+    by_name = {row[0]: row[2] for row in adapting}
+    peers = {"one model": (name, published), "ensemble": min(((n, v) for n, v in by_name.items() if "ensemble" in n), key=lambda row: row[1]),
+             "learns": min(((n, v) for n, v in by_name.items() if "dynamic" in n), key=lambda row: row[1])}  # fmt: skip
+    lines = []
+    for method, test in ours.items():
+        peer, value = peers["learns" if "learns" in method else "ensemble" if "ensemble" in method else "one model"]
+        lines.append(f"- {method}: {test:.2f}, {'ahead of' if test < value else 'behind'} {peer} with {value:.2f}")
+    return "Against the best published of its kind, on the test split:\n\n" + "\n".join(lines)
+
+
+def beyond_headline(beyond, beyond_scores):
+    """One table for the top of the report: the runs beyond the plan, the first seed of each."""
+    rows = [row for group, (found, _) in zip(beyond, beyond_scores) for row in beyond_rows(group[0], found) if row[1] == group[0].final_split]
+    return rows and "Beyond the plan, by settings alone (section 16):\n\n" + markdown_table(
+        ("data set", "split", "method", "nats a token", "half spread of seeds", "perplexity a word", "bits a byte"), rows)  # fmt: skip
+
+
+def headline_text(runs, scores, models, precision, preset, beyond=(), beyond_scores=()):
     """What the top of the report says."""
     machine = describe_machine(precision)
     notes = [
@@ -1450,7 +1843,8 @@ def headline_text(runs, scores, models, precision, preset):
         *(f"**Partial: {run.title} stopped at step {run.steps:,}.**" for run in runs if run.steps < run.settings.max_iters),
     ]
     caption = "*Below: loss against optimizer steps, training solid and validation dashed.*"
-    return "\n\n".join([markdown_table(*headline_rows(runs, scores, models)), " ".join(filter(None, notes)), caption])
+    parts = [markdown_table(*headline_rows(runs, scores, models)), " ".join(filter(None, notes)), beyond_headline(beyond, beyond_scores), caption]
+    return "\n\n".join(filter(None, parts))
 
 
 def write_summary(path, runs, scores, models, precision, findings):

@@ -24,7 +24,7 @@ from helpers import (
     tokens_on, train_model,
 )  # fmt: skip
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def random_data(vocab_size, n_tokens=1_000_000):

@@ -108,7 +108,7 @@ def test_preset_is_chosen_by_name_then_environment_then_device(monkeypatch):
 
 def test_unknown_preset_lists_the_right_ones(monkeypatch):
     monkeypatch.setenv("NANOGPT_PRESET", "huge")
-    with pytest.raises(ValueError, match="'huge'.*full, quick, smoke"):
+    with pytest.raises(ValueError, match="'huge'.*full, record, quick, smoke"):
         helpers.choose_preset()
 
 
@@ -222,7 +222,7 @@ def test_accumulated_passes_equal_one_large_batch(settings, corpus):
         )
         trainer = Trainer(make_model(shaped, corpus), corpus, shaped, CPU)
         # plain descent shows the gradient itself, which Adam would normalise
-        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
+        trainer.optimizers["optimizer"] = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
         windows = helpers.draw_starts(1000, shaped, 0, passes).flatten()
         ends.append((windows, *advance(trainer, 4), trainer.model.state_dict()))
     (windows, losses, norms, weights), (other_windows, *others, other_weights) = ends
@@ -262,7 +262,7 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before(largest):
 def test_a_step_moves_by_the_clipped_gradient(settings, corpus, grad_clip):
     settings = replace(settings, grad_clip=grad_clip, dropout=0.0)
     trainer = Trainer(make_model(settings, corpus), corpus, settings, CPU)
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    trainer.optimizers["optimizer"] = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
     before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
     _, (norm,) = advance(trainer, 1)
     moved = (torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - before).norm().item()
@@ -273,9 +273,9 @@ def test_a_step_moves_by_the_clipped_gradient(settings, corpus, grad_clip):
 def test_each_step_takes_the_rate_of_the_schedule(settings, corpus, monkeypatch):
     settings = replace(settings, warmup_iters=2, max_iters=5)
     trainer = Trainer(make_model(settings, corpus), corpus, settings, CPU)
-    used, step = [], trainer.optimizer.step
+    used, step = [], trainer.optimizers["optimizer"].step
     monkeypatch.setattr(
-        trainer.optimizer, "step", lambda: (used.append(float(trainer.optimizer.param_groups[0]["lr"])), step())
+        trainer.optimizers["optimizer"], "step", lambda: (used.append(float(trainer.optimizers["optimizer"].param_groups[0]["lr"])), step())
     )
     advance(trainer, 5)
     assert used == pytest.approx([helpers.get_lr(n, settings) for n in range(5)]), used
@@ -297,7 +297,7 @@ def test_compiled_blocks_stand_in_for_the_model_s_own(model, monkeypatch):
     called = []
 
     def compile_block(block):
-        return lambda x, past: (called.append(block), block(x, past))[1]
+        return lambda x, by, past: (called.append(block), block(x, by, past))[1]
 
     monkeypatch.setattr(torch, "compile", compile_block)
     blocks = helpers.compiled_blocks(model.eval(), CPU)
