@@ -34,6 +34,7 @@ SHARES = {  # how a batch may be shared out to two processes: by passes, by sequ
     "passes": SHARED,
     "sequences": replace(SHARED, gradient_accumulation_steps=1),
     "sequences of passes": replace(SHARED, gradient_accumulation_steps=3),
+    "another model": replace(SHARED, rotary=True, pointer=True, muon_factor=5.0),
 }
 
 
