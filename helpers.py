@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data.batches import ResidentBatches, StreamedBatches, get_batch, tokens_at, tokens_on
 from data.dataset import load
 from data.fetch import DataError, replacing
 from data.prepare import NAMES, ROOT, prepare
@@ -201,25 +202,6 @@ def describe_machine(precision):
 # ------------------------------------------------------------------------------------- batches and schedule
 
 
-def tokens_on(device, split, resident=None):
-    """A split's memmap (N,) uint16 as an int32 tensor on the device, or as it is where the device has no room for it.
-
-    Room is a quarter of the memory that is free on a card, or 1 GiB for a CPU; `resident` True or False decides instead.
-    """
-    device = torch.device(device)
-    if resident is None:
-        room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
-        resident = 4 * len(split) <= room
-    return torch.from_numpy(np.asarray(split).astype(np.int32)).to(device) if resident else split
-
-
-def tokens_at(tokens, places):
-    """Those of `tokens` (N,), from `tokens_on`, that stand at `places` (...): int64, where the places lie."""
-    if isinstance(tokens, torch.Tensor):
-        return tokens[places].long()
-    return torch.from_numpy(tokens[places.cpu().numpy()].astype(np.int64)).to(places.device)
-
-
 def draw_starts(n_tokens, settings, step, batches):
     """First positions (batches, batch_size) of random windows, on the CPU.
 
@@ -237,59 +219,6 @@ def check_length(n_tokens, block_size):
             f"The split has {n_tokens} tokens and the block {block_size}: a window needs one token more than the "
             f"block, so use a longer text or a smaller block_size."
         )
-
-
-def get_batch(tokens, starts, block_size):
-    """Windows of `tokens` (N,) from `starts` (B,): inputs (B, T) and targets (B, T), one position later."""
-    windows = tokens_at(tokens, starts[:, None] + torch.arange(block_size + 1, device=starts.device))
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
-class ResidentBatches:
-    """Batches of tokens that lie on the device: the step that needs one gathers it."""
-
-    def __init__(self, tokens, shape, block_size):
-        self.tokens, self.block_size = tokens, block_size
-        self.starts = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
-
-    def begin(self, starts):
-        """Takes the first positions (steps, passes, batch) of the steps to come."""
-        self.starts[: len(starts)] = starts.to(self.starts.device)
-
-    def prefetch(self, row):
-        """Makes ready the steps from `row` on that are queued together."""
-
-    def get(self, row, index):
-        """Inputs and targets (B, T) of a pass `index` of step `row` (1,)."""
-        return get_batch(self.tokens, self.starts[row][0, index], self.block_size)
-
-
-class StreamedBatches:
-    """Batches of tokens that the device has no room for, from the memory map by way of pinned memory.
-
-    The host gathers those of the next `together` steps while the device works at the ones before.
-    """
-
-    def __init__(self, tokens, shape, block_size, together, device):
-        self.tokens = tokens
-        shape = (together, *shape[1:], block_size + 1)
-        self.table = torch.zeros(shape, dtype=torch.int16, device=device)  # read as uint16, which few operations take
-        self.pinned = torch.zeros(shape, dtype=torch.int16, pin_memory=device.type == "cuda")
-
-    def begin(self, starts):
-        self.starts = starts
-        self.prefetch(0)
-
-    def prefetch(self, row):
-        starts = self.starts[row : row + len(self.table)]
-        windows = self.pinned.numpy().view(np.uint16).reshape(-1, self.pinned.shape[-1])
-        for window, start in zip(windows, starts.flatten().tolist()):
-            window[:] = self.tokens[start : start + len(window)]
-        self.table[: len(starts)].copy_(self.pinned[: len(starts)], non_blocking=True)  # after the steps now queued
-
-    def get(self, row, index):
-        windows = self.table[row % len(self.table)][0, index].long() & 0xFFFF
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def get_lr(step, settings):
@@ -773,13 +702,10 @@ class Trainer:
             self.optimizers["muon"] = Muon(matrices, self.rate, settings.muon_factor, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         self.together = 32 if device.type == "cuda" else 1  # steps queued before the host looks up
-        shape = own_share(torch.empty(rows, settings.gradient_accumulation_steps, settings.batch_size)).shape
+        shape = own_share(torch.empty(rows, settings.gradient_accumulation_steps, settings.batch_size, device="meta")).shape
         self.streamed, self.passes = not isinstance(self.tokens["train"], torch.Tensor), shape[1]
-        self.batches = (
-            StreamedBatches(self.tokens["train"], shape, settings.block_size, self.together, device)
-            if self.streamed
-            else ResidentBatches(self.tokens["train"], shape, settings.block_size)
-        )
+        batches = StreamedBatches if self.streamed else ResidentBatches
+        self.batches = batches(self.tokens["train"], shape, settings.block_size, self.together, device)
         self.rates, self.losses, self.norms = (torch.zeros(rows, device=device) for _ in range(3))
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.blocks = compiled_blocks(model, precision, settings.batch_size) if settings.compile and device.type == "cuda" else None

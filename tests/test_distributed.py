@@ -64,8 +64,8 @@ def test_batches_from_the_disk_are_those_on_the_device(together):
     tokens = np.random.default_rng(0).integers(0, 2**16, 500).astype(np.uint16)
     shape, block = (10, 2, 3), 7
     starts = torch.randint(500 - block, shape, generator=torch.Generator().manual_seed(0))
-    resident = ResidentBatches(helpers.tokens_on("cpu", tokens), shape, block)
-    streamed = StreamedBatches(tokens, shape, block, together, torch.device("cpu"))
+    resident = ResidentBatches(helpers.tokens_on("cpu", tokens), shape, block, together, CPU.device)
+    streamed = StreamedBatches(tokens, shape, block, together, CPU.device)
     for count in (10, 4):  # a whole interval, and the last, which may be shorter
         resident.begin(starts[:count])
         streamed.begin(starts[:count])
@@ -117,6 +117,8 @@ def in_two(folder):
     torch.set_num_threads(1)
     assert helpers.join_processes() is None and (helpers.rank(), helpers.world_size()) == (int(os.environ["RANK"]), 2)
     data, seen = load(folder / "sentences"), {}
+    if helpers.rank():
+        helpers.save_checkpoint = None  # only the first process may write
 
     def trained(settings, name, **options):
         model = make_model(replace(settings, seed=5), data)
