@@ -1856,7 +1856,8 @@ def distribution_figure(datasets, colors):
 
 def out_folder(name):
     """Where the notebook and the command keep the run on the data set of this name."""
-    return f"out-{'shakespeare' if name == 'shakespeare_char' else name}-test"
+    plan = {"shakespeare": ("shakespeare_char", "stand_in_char"), "wikitext2": ("wikitext2_raw", "stand_in_gpt2")}
+    return f"out-{next((short for short, names in plan.items() if name in names), name)}-test"
 
 
 def settings_with(settings, changes):
@@ -1890,7 +1891,7 @@ def main(arguments=None):
         if name in NAMES:  # by the first process alone; on other hosts the prepared folder must be there
             folder = from_first(lambda: prepare(name, allow_stand_in=not preset.needs_real_data))
         data = load(folder)
-        out, view = options.out or out_folder(name), SilentView() if rank() else LiveView(data, settings, None)
+        out, view = options.out or out_folder(data.name), SilentView() if rank() else LiveView(data, settings, None)
         history = train_model(make_model(settings, data), data, settings, out, precision=precision, fresh=options.fresh,
                               view=view, start_from=options.start_from)  # fmt: skip
     except (CheckpointError, TrainingError, DataError, ValueError) as error:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 if __name__ == "__main__":      # run as a script, sys.path starts at this folder instead of the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.dataset import DTYPE, FORMAT, CharTokenizer, GPT2Tokenizer, Tokenizer, load
+from data.dataset import DTYPE, FORMAT, CharTokenizer, Dataset, GPT2Tokenizer, Tokenizer, load
 from data.fetch import GPT2_FILES, DataError, Unavailable, reason, replacing
 from data.prepare import NAMES, ROOT, describe, find_damage, refusal
 
@@ -364,6 +364,14 @@ def write_json(path: Path, value: dict) -> None:
 def progress(what: str, total: int):
     """A bar over bytes: in a terminal, silence in logs and in notebooks that are kept."""
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
+
+
+def openings(data: Dataset, count: int = 3) -> tuple[str, ...]:
+    """The first words of `count` paragraphs from the beginning of the validation split: prompts that fit the text."""
+    text = data.tokenizer.decode(data.splits["val"][:PIECE // 4])
+    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if len(part.split()) > 6] or [text.strip()]
+    chosen = (paragraphs[len(paragraphs) * i // count] for i in range(count))
+    return tuple(re.match(r"(?:\S+\s+){0,5}\S*", paragraph)[0][:80].strip() for paragraph in chosen)
 
 
 # --- The command --------------------------------------------------------------------------------------------

@@ -289,6 +289,9 @@ def test_the_command_keeps_runs_where_the_notebook_does():
     cells = "".join(cell.source for cell in nbformat.read(ROOT / "test.ipynb", as_version=4).cells if cell.cell_type == "code")
     folders = set(re.findall(r'"(out-[^"]+)"', cells))
     assert folders <= {helpers.out_folder(name) for name in helpers.NAMES}, folders
+    assert helpers.out_folder("notes") == "out-notes-test"
+    for name, same in (("wikitext2_raw", "wikitext2"), ("stand_in_gpt2", "wikitext2"), ("stand_in_char", "shakespeare_char")):
+        assert helpers.out_folder(name) == helpers.out_folder(same)  # where the notebook trains on these
 
 
 def test_torchrun_passes_a_termination_on_and_the_run_is_saved(data, tmp_path):

@@ -351,6 +351,18 @@ def test_a_text_of_one_s_own_is_trained_on(tmp_path):
     assert history["val_loss"][-1] < 0.8 * history["val_loss"][0]
 
 
+NUMBERED = "".join(f"\n\nParagraph {number} says a few words of its own." for number in range(100))
+
+
+@pytest.mark.parametrize("text", [NUMBERED, "Ein Wort\tnach dem anderen, ohne Leerzeile " * 30, "x" * 500])
+def test_prompts_are_openings_of_the_text(tmp_path, text):
+    data = load(own.prepare_text(put(tmp_path / "texts", one=text), tokenizer="char", root=tmp_path))
+    prompts = own.openings(data)
+    assert len(prompts) == 3 and all(prompt and prompt in text_of(data, "val") for prompt in prompts), prompts
+    assert all(data.tokenizer.encode(prompt) for prompt in prompts)
+    assert text != NUMBERED or [prompt.split()[0] for prompt in prompts] == 3 * ["Paragraph"] and len(set(prompts)) == 3, prompts
+
+
 def test_the_command(tmp_path):
     code = Path(own.__file__).parent
     (tmp_path / "data").mkdir()
