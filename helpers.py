@@ -238,11 +238,15 @@ def get_lr(step, settings):
 
 def rank():
     """Which of the processes that train together this is: 0, the first, also where there is only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if joined() else 0
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
+
+
+def joined():
+    return dist.is_available() and dist.is_initialized()
 
 
 def join_processes():
@@ -260,7 +264,7 @@ def join_processes():
 
 def summed(tensor):
     """The sum over all processes, in place."""
-    if world_size() > 1:
+    if world_size() > 1 and tensor.numel():
         dist.all_reduce(tensor)
     return tensor
 
@@ -708,7 +712,7 @@ class Trainer:
         self.batches = batches(self.tokens["train"], shape, settings.block_size, self.together, device)
         self.rates, self.losses, self.norms = (torch.zeros(rows, device=device) for _ in range(3))
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.blocks = compiled_blocks(model, precision, settings.batch_size) if settings.compile and device.type == "cuda" else None
+        self.blocks = compiled_blocks(model, precision, shape[2]) if settings.compile and device.type == "cuda" else None
         self.loss, alone = LossOf(model, self.blocks), world_size() == 1
         if not alone:
             self.loss = DistributedDataParallel(self.loss, device_ids=[device] if device.type == "cuda" else None)
@@ -1899,7 +1903,7 @@ def main(arguments=None):
         return 1
     if not rank():
         print(reading_of_training(Run(data, settings, history, out, None)))
-    if dist.is_initialized():
+    if joined():
         dist.destroy_process_group()
     return 0
 
