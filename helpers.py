@@ -1619,7 +1619,9 @@ def say(text):
 
 
 def show_table(header, rows):
-    say(markdown_table(header, rows))
+    """A table; nothing where there are no rows."""
+    rows = list(rows)
+    say(rows and markdown_table(header, rows))
 
 
 MADE_IN = {

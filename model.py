@@ -524,7 +524,7 @@ class GraphedStep:
 
 def replay(step, times, device, generator=None):
     """Runs `step` so many times, as a CUDA graph where that is possible and pays."""
-    graphed = GraphedStep(step, enabled=device.type == "cuda" and times > 8, generator=generator, warmup=1)
+    graphed = GraphedStep(step, enabled=device.type == "cuda" and times > 8, generator=generator, warmup=0)
     for _ in range(times):
         graphed()
 
