@@ -287,7 +287,7 @@ def test_the_command_refuses_in_one_sentence(command, capsys, arguments, named):
 
 def test_the_command_keeps_runs_where_the_notebook_does():
     cells = "".join(cell.source for cell in nbformat.read(ROOT / "test.ipynb", as_version=4).cells if cell.cell_type == "code")
-    folders = set(re.findall(r'"(out-[^"]+)"', cells))
+    folders = set(re.findall(r'"(out-[^"]+-test)"', cells))
     assert folders <= {helpers.out_folder(name) for name in helpers.NAMES}, folders
     assert helpers.out_folder("notes") == "out-notes-test"
     for name, same in (("wikitext2_raw", "wikitext2"), ("stand_in_gpt2", "wikitext2"), ("stand_in_char", "shakespeare_char")):
