@@ -4,6 +4,8 @@ Nothing here holds state between calls: settings travel as one frozen object, fu
 run lives in its folder as `ckpt.pt` (best validation estimate) and `last.pt` (where to go on).
 """
 
+import argparse
+import ast
 import contextlib
 import copy
 import functools
@@ -28,10 +30,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data.batches import ResidentBatches, StreamedBatches, get_batch, tokens_at, tokens_on
+from data.dataset import load
 from data.fetch import DataError, replacing
+from data.prepare import NAMES, ROOT, prepare
 from model import GPT, GPTConfig, GraphedStep, Muon, fused_loss_obstacle, turns
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -194,11 +202,6 @@ def describe_machine(precision):
 # ------------------------------------------------------------------------------------- batches and schedule
 
 
-def tokens_on(device, split):
-    """A split's memmap (N,) uint16 as an int32 tensor on the device: both data sets fit many times over."""
-    return torch.from_numpy(np.asarray(split).astype(np.int32)).to(device)
-
-
 def draw_starts(n_tokens, settings, step, batches):
     """First positions (batches, batch_size) of random windows, on the CPU.
 
@@ -218,13 +221,6 @@ def check_length(n_tokens, block_size):
         )
 
 
-def get_batch(tokens, starts, block_size):
-    """Windows of `tokens` (N,) from `starts` (B,): inputs (B, T) and targets (B, T), one position later."""
-    offsets = torch.arange(block_size + 1, device=tokens.device)
-    windows = tokens[starts[:, None] + offsets].long()
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
 def get_lr(step, settings):
     """Learning rate of a step: linear warm-up, then a cosine down to `min_lr` when the last is done."""
     if step < settings.warmup_iters:
@@ -235,6 +231,71 @@ def get_lr(step, settings):
         return settings.min_lr
     progress = (step - settings.warmup_iters) / (settings.max_iters - settings.warmup_iters)
     return settings.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (settings.learning_rate - settings.min_lr)
+
+
+# --------------------------------------------------------------------------------- several processes (torchrun)
+
+
+def rank():
+    """Which of the processes that train together this is: 0, the first, also where there is only one."""
+    return dist.get_rank() if joined() else 0
+
+
+def world_size():
+    return dist.get_world_size() if joined() else 1
+
+
+def joined():
+    return dist.is_available() and dist.is_initialized()
+
+
+def join_processes():
+    """Joins the others that torchrun started, if it did; returns this one's device, None for the usual choice."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    cuda, local, cards = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if cuda and local >= cards:
+        raise ValueError(f"There is no card for process {local + 1} of this machine: start {cards} by --nproc-per-node.")
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return torch.device("cuda", local) if cuda else None
+
+
+def summed(tensor):
+    """The sum over all processes, in place."""
+    if world_size() > 1 and tensor.numel():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first(make):
+    """What `make()` gives in the first process, in every process; an error of it is raised in all."""
+    if world_size() == 1:
+        return make()
+    box = [None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[0] = error
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+def own_share(starts):
+    """This process's part of first positions (steps, passes, batch), each as large as any other's."""
+    ranks, (passes, batch) = world_size(), starts.shape[1:]
+    if passes % ranks == 0:  # as many sequences a pass as on one card
+        return starts[:, rank() :: ranks]
+    if batch % ranks == 0:
+        return starts[:, :, rank() :: ranks]
+    raise ValueError(
+        f"batch_size {batch} with gradient_accumulation_steps {passes} cannot be shared out to {ranks} processes: make one "
+        f"of the two a multiple of {ranks}."
+    )
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -274,13 +335,13 @@ def estimate_loss(model, tokens, settings, precision):
 
     The windows are the same at every evaluation, and their draw is apart from the training's.
     """
-    starts = draw_starts(len(tokens), settings, -1, settings.eval_iters).flatten().to(tokens.device)
-    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    starts = draw_starts(len(tokens), settings, -1, settings.eval_iters).flatten().to(precision.device)
+    total = torch.zeros((), dtype=torch.float64, device=precision.device)
     with evaluation_mode(model), precision.autocast():
-        for part in starts.split(max(1, 16384 // settings.block_size)):
+        for part in starts[rank() :: world_size()].split(max(1, 16384 // settings.block_size)):
             x, y = get_batch(tokens, part, settings.block_size)
             total += nats_of(model, x, y).sum(dtype=torch.float64)
-    return total.item() / (len(starts) * settings.block_size)
+    return summed(total).item() / (len(starts) * settings.block_size)
 
 
 @dataclass(frozen=True)
@@ -329,21 +390,21 @@ def token_nats(model, data, split, stride=None, words=None):
     The split's first token is predicted from a line end. `words`, a WordTree, leaves only its words to choose from.
     """
     device, block = next(model.parameters()).device, model.config.block_size
-    inputs, tokens, windows = scoring_windows(data, split, block, stride, device)
+    tokens, windows = scoring_windows(data, split, block, stride, device)
     places = words.places(data, split).to(device) if words else None
     with evaluation_mode(model):
         return torch.cat([
-            nats_of(model, inputs[inside], tokens[inside], scored, words, words and places[inside]) for inside, scored in windows
+            nats_of(model, before, tokens_at(tokens, inside), scored, words, words and places[inside])
+            for before, inside, scored in windows
         ])  # fmt: skip
 
 
 def scoring_windows(data, split, block, stride, device):
-    """The tokens before (N,) and at (N,) each place of a split, and windows over them, some at a time.
+    """The tokens (N,) of a split, from `tokens_on`, and windows over them, some at a time.
 
-    A window is the places (B, T) that it sees, and a mask (B, T) of those that it scores.
+    A window is the tokens (B, T) that it sees, the places (B, T) after them, and a mask (B, T) of those that it scores.
     """
-    tokens = tokens_on(device, data.splits[split]).long()
-    inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])  # inputs[i] precedes tokens[i]
+    tokens = tokens_on(device, data.splits[split])
     stride = block if stride is None else stride
     if not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: give a number of tokens from 1 to the block's {block}.")
@@ -353,9 +414,10 @@ def scoring_windows(data, split, block, stride, device):
             starts = (part - (block - stride)).clamp(min=0)
             positions = starts[:, None] + torch.arange(block, device=device)
             scored = (positions >= part[:, None]) & (positions < (part + stride).clamp(max=len(tokens))[:, None])
-            yield positions.clamp(max=len(tokens) - 1), scored  # what overhangs the end is never seen: causal
+            inside = positions.clamp(max=len(tokens) - 1)  # what overhangs the end is never seen: causal
+            yield tokens_at(tokens, (inside - 1).clamp(min=0)).where(inside > 0, data.first_context), inside, scored
 
-    return inputs, tokens, windows()
+    return tokens, windows()
 
 
 def mixed(nats):
@@ -435,7 +497,7 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
     device, block = next(model.parameters()).device, model.config.block_size
     stride = max(1, block // 8)
     model = copy.deepcopy(model).eval()
-    tokens = tokens_on(device, data.splits[split][:n_tokens]).long()
+    tokens = tokens_on(device, data.splits[split][:n_tokens], resident=True).long()
     places = words.places(data, split).to(device)[: len(tokens)] if words else torch.zeros_like(tokens)
     inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])
     length, inputs, tokens, places = len(tokens), *(F.pad(values, (0, block)) for values in (inputs, tokens, places))
@@ -558,8 +620,9 @@ def model_of(checkpoint, path, device, vocab_size):
     """The model in a checkpoint that was read from `path`."""
     try:
         model = GPT(GPTConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+        # a model that was compiled whole, as nanoGPT's is, has this before each of its names
+        model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()})
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} does not fit the model that it describes ({reason}): use another file.") from None
     if vocab_size not in (None, model.config.vocab_size):
@@ -570,11 +633,28 @@ def model_of(checkpoint, path, device, vocab_size):
     return model.to(device).eval()
 
 
-def check_same_run(checkpoint, settings, data, path):
-    """Refuses to go on from a checkpoint of other settings or data; the error names what differs."""
+def start_weights(path, settings, data):
+    """Weights by name to start a run of these settings from, and 16 digits that identify them. Raises CheckpointError.
+
+    They come from a checkpoint of this project or of nanoGPT whose model has the same vocabulary and shape.
+    """
+    model = load_model(path)
+    there, here = asdict(model.config), asdict(settings.model_config(data.vocab_size))
+    differing = [f"{key} {there[key]!r} there, {here[key]!r} here" for key in here if "dropout" not in key and there[key] != here[key]]
+    if differing:
+        raise CheckpointError(f"{path} cannot start this run ({'; '.join(differing)}): change the settings, or start from another.")
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.numpy())
+    return model.state_dict(), digest.hexdigest()[:16]
+
+
+def check_same_run(checkpoint, settings, data, path, **more):
+    """Refuses to go on from a checkpoint of other settings or data, or of other values of `more`; the error names what differs."""
     parts = [checkpoint.get(part) for part in ("settings", "data")]
     saved = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
-    wanted = {**asdict(settings), **data_identity(data)}
+    saved |= {key: checkpoint.get(key) for key in more}
+    wanted = {**asdict(settings), **data_identity(data), **more}
     differing = [
         f"{key} {saved.get(key)!r} there, {value!r} here" for key, value in wanted.items() if saved.get(key) != value
     ]
@@ -596,17 +676,29 @@ def data_identity(data):
 # ------------------------------------------------------------------------------------------------- training
 
 
+class LossOf(nn.Module):
+    """`model.loss` as a module's forward, which DistributedDataParallel asks for."""
+
+    def __init__(self, model, blocks):
+        super().__init__()
+        self.model, self.blocks = model, blocks
+
+    def forward(self, x, y):
+        return self.model.loss(x, y, self.blocks)
+
+
 class Trainer:
     """A run's state on its device, and the one optimizer step that every device and precision takes.
 
-    The step reads the windows' positions and the rate of its row from tables, and writes loss and gradient
-    norm into others: nothing in it waits for the host, so that a CUDA graph can hold it whole.
+    The step reads its batch and the rate of its row from tables, and writes loss and gradient norm into others:
+    nothing in it waits for the host, so that a CUDA graph can hold it whole. Of several processes each takes its
+    share of the batch. `resident`: see `tokens_on`.
     """
 
-    def __init__(self, model, data, settings, precision):
+    def __init__(self, model, data, settings, precision, resident=None):
         self.model, self.settings, self.precision = model, settings, precision
         device, rows = precision.device, settings.eval_interval
-        self.tokens = {name: tokens_on(device, data.splits[name]) for name in ("train", "val")}
+        self.tokens = {name: tokens_on(device, data.splits[name], resident) for name in ("train", "val")}
         self.rate = torch.zeros((), device=device)
         betas = (settings.beta1, settings.beta2)
         matrices = model.block_matrices() if settings.muon_factor else []
@@ -615,31 +707,37 @@ class Trainer:
         if matrices:
             self.optimizers["muon"] = Muon(matrices, self.rate, settings.muon_factor, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
-        shape = (rows, settings.gradient_accumulation_steps, settings.batch_size)
-        self.starts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.together = 32 if device.type == "cuda" else 1  # steps queued before the host looks up
+        shape = own_share(torch.empty(rows, settings.gradient_accumulation_steps, settings.batch_size, device="meta")).shape
+        self.streamed, self.passes = not isinstance(self.tokens["train"], torch.Tensor), shape[1]
+        batches = StreamedBatches if self.streamed else ResidentBatches
+        self.batches = batches(self.tokens["train"], shape, settings.block_size, self.together, device)
         self.rates, self.losses, self.norms = (torch.zeros(rows, device=device) for _ in range(3))
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.blocks = compiled_blocks(model, precision, settings.batch_size) if settings.compile and device.type == "cuda" else None
-        self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda", recover=self.forget_step)
+        self.blocks = compiled_blocks(model, precision, shape[2]) if settings.compile and device.type == "cuda" else None
+        self.loss, alone = LossOf(model, self.blocks), world_size() == 1
+        if not alone:
+            self.loss = DistributedDataParallel(self.loss, device_ids=[device] if device.type == "cuda" else None)
+        self.graphed_step = GraphedStep(self.step, enabled=device.type == "cuda" and alone, recover=self.forget_step)
+        self.graphed_step.reason = None if alone else "several processes share the step"
 
     def fill_tables(self, first, last):
         """Positions and rates of the steps from `first` up to `last`."""
         n_tokens, passes = len(self.tokens["train"]), self.settings.gradient_accumulation_steps
         starts = [draw_starts(n_tokens, self.settings, step, passes) for step in range(first, last)]
-        self.starts[: last - first] = torch.stack(starts).to(self.starts.device)
+        self.batches.begin(own_share(torch.stack(starts)))
         self.rates[: last - first] = torch.tensor([get_lr(step, self.settings) for step in range(first, last)])
         self.row.zero_()
 
     def step(self):
-        passes = self.settings.gradient_accumulation_steps
         self.model.zero_grad(set_to_none=True)
         self.rate.copy_(self.rates[self.row][0])
-        starts = self.starts[self.row][0]
         total = torch.zeros_like(self.rate)
-        for index in range(passes):
-            x, y = get_batch(self.tokens["train"], starts[index], self.settings.block_size)
+        for index in range(self.passes):
+            x, y = self.batches.get(self.row, index)
+            self.loss.require_backward_grad_sync = index == self.passes - 1  # as DistributedDataParallel.no_sync sets it
             with self.precision.autocast():
-                loss = self.model.loss(x, y, self.blocks) / passes
+                loss = self.loss(x, y) / self.passes
             self.scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in self.optimizers.values():
@@ -672,18 +770,18 @@ class Trainer:
         Returns the losses and gradient norms of the steps taken, one float each.
         """
         self.fill_tables(first, last)
-        together = 32 if self.precision.device.type == "cuda" else 1  # steps queued before the host looks up
         step = first
-        while step < last and not stop.received:
-            until = min(step + together, last)
+        while step < last and not stop.asked():
+            until = min(step + self.together, last)
             for _ in range(step, until):
                 self.graphed_step()
             step = until
+            self.batches.prefetch(step - first)
             if self.precision.device.type == "cuda":
                 torch.cuda.synchronize()
             progress(step)
         taken = step - first
-        return self.losses[:taken].tolist(), self.norms[:taken].tolist()
+        return (summed(self.losses[:taken]) / world_size()).tolist(), self.norms[:taken].tolist()
 
     def state(self):
         """Everything that the next step depends on, as plain values and tensors."""
@@ -767,6 +865,15 @@ class StopRequests:
         self.received = number
         self.__exit__()
 
+    def asked(self):
+        """Whether any process has received one; all of them ask at the same steps, and so stop at the same one."""
+        if world_size() == 1:
+            return self.received is not None
+        number = torch.tensor(self.received or 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.received = self.received or number.item() or None  # one that came since is agreed on next time
+        return number.item() > 0
+
     def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -847,15 +954,19 @@ def check_evaluated(history, trainer):
         )
 
 
-def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, view=None, save_seconds=30.0):
+def train_model(
+    model, data, settings, out_dir, *, precision=None, fresh=False, view=None, save_seconds=30.0, start_from=None, resident=None
+):
     """Trains a model of this shape on `data`, from its seed's initial weights; returns the history.
 
+    `start_from` is a checkpoint to take the initial weights from instead, and no more than these, as for fine-tuning.
     `model` then holds the weights of the last step, whatever it held before.
 
     Writes `out_dir/ckpt.pt`, the step with the best validation estimate, and `out_dir/last.pt`; unsaved work is
     at most `save_seconds` of training and one evaluation interval. Called again it goes on from `last.pt`, to
     the same end as a run never stopped, or, if that run is finished, only loads it; `fresh=True` starts over.
     An interrupt or a termination ends at a step's edge, saves and returns (a termination then takes its course).
+    Under torchrun all processes call this alike, after `join_processes`; the first one writes. `resident`: see `tokens_on`.
     Raises CheckpointError for a checkpoint of another run, TrainingError for a loss that is no number and where
     the memory does not suffice.
     """
@@ -864,12 +975,13 @@ def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, 
         check_length(len(data.splits[split]), settings.block_size)
     if model.config != settings.model_config(data.vocab_size):
         raise ValueError("The model does not have the shape of these settings and this data: make it with make_model.")
+    start = from_first(lambda: start_weights(start_from, settings, data)) if start_from else (None, None)
     with StopRequests() as stop:
         history = None
         with contextlib.suppress(torch.OutOfMemoryError):
             history = train_loop(
-                model, data, settings, precision, RunStore(Path(out_dir), settings, data, save_seconds), fresh,
-                view or SilentView(), stop,
+                model, data, settings, precision, RunStore(Path(out_dir), settings, data, save_seconds, *start), fresh,
+                view or SilentView(), stop, resident,
             )  # fmt: skip
     if history is None:  # out here nothing of the run is held any more, so the same kernel can try smaller values
         model.zero_grad(set_to_none=True)
@@ -883,15 +995,18 @@ def train_model(model, data, settings, out_dir, *, precision=None, fresh=False, 
     return history
 
 
-def train_loop(model, data, settings, precision, store, fresh, view, stop):
+def train_loop(model, data, settings, precision, store, fresh, view, stop, resident=None):
     """Steps and evaluations in turn, from where the store says, to the end or to a stop; returns the history."""
     model.to(precision.device).train()
     if precision.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(precision.device)
-    trainer = Trainer(model, data, settings, precision)
+    trainer = Trainer(model, data, settings, precision, resident)
     history, step, seconds = store.resume(trainer, fresh)
     if step < settings.max_iters:
-        store.check_writable()
+        from_first(store.check_writable)
+        if trainer.streamed and rank() == 0:
+            print(f"The {len(data.splits['train']):,} training tokens stay on the disk, since {precision.device} has too little "
+                  "room for them; batches are fetched ahead of the steps.")  # fmt: skip
     view.began(step)
     with store.keeping_best():
         while True:
@@ -900,7 +1015,7 @@ def train_loop(model, data, settings, precision, store, fresh, view, stop):
                 check_evaluated(history, trainer)
                 store.keep(trainer, history, step, seconds)
                 view.evaluated(history)
-            if step == settings.max_iters or stop.received:
+            if step == settings.max_iters or stop.asked():
                 break
             last = min(step - step % settings.eval_interval + settings.eval_interval, settings.max_iters)
             started = time.perf_counter()
@@ -911,24 +1026,40 @@ def train_loop(model, data, settings, precision, store, fresh, view, stop):
             history["step_grad_norm"] += taken[1]
             step += len(taken[0])
     store.finish(trainer, history, step, seconds)
+    summed(torch.zeros(1))  # nobody leaves before the files are written
     view.finished(history, step, trainer.slower_because())
     return history
 
 
 class RunStore:
-    """The two checkpoint files of a run: what is in them, and when they are written."""
+    """The two checkpoint files of a run: what is in them, and when the first process writes them."""
 
-    def __init__(self, folder, settings, data, save_seconds):
+    def __init__(self, folder, settings, data, save_seconds, weights=None, start=None):
         self.best_path, self.last_path = folder / "ckpt.pt", folder / "last.pt"
         self.settings, self.data, self.save_seconds = settings, data, save_seconds
+        self.weights, self.start = weights, start  # to start from in place of the seed's, and what identifies them
         self.unsaved_best, self.saved_step, self.saved_at = None, None, time.monotonic()
 
     def resume(self, trainer, fresh):
         """Puts a saved state into the trainer, or the seed into a new run; returns history, step and seconds."""
-        if fresh or not self.last_path.exists():
-            trainer.model.load_state_dict(make_model(self.settings, self.data).state_dict())
-            torch.manual_seed(self.settings.seed)
+        checkpoint = from_first(lambda: None if fresh or not self.last_path.exists() else self.saved_state())
+        if checkpoint is None:
+            trainer.model.load_state_dict(self.weights or make_model(self.settings, self.data).state_dict())
+            torch.manual_seed(self.settings.seed + rank())  # dropout differs from process to process
             return new_history(), 0, 0.0
+        try:
+            trainer.load_state(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise unusable(self.last_path) from None
+        if rank():  # the file holds the first one's generator: with dropout the others go on in another way, no worse
+            torch.manual_seed((self.settings.seed + rank()) * 1_000_003 + checkpoint["iter_num"])
+        self.saved_step = checkpoint["iter_num"]
+        return checkpoint["history"], checkpoint["iter_num"], checkpoint["seconds"]
+
+    def saved_state(self):
+        """The last checkpoint, if both are of this very run. Raises CheckpointError."""
         checkpoint, best = (self.read(path) for path in (self.last_path, self.best_path))
         # a best state ahead of the last one is from a kill between the two writes: going on comes past it again
         if best["iter_num"] <= checkpoint["iter_num"] and best["best_val_loss"] != checkpoint["best_val_loss"]:
@@ -936,14 +1067,7 @@ class RunStore:
                 f"{self.best_path} is not the best state of the run in {self.last_path}: pass fresh=True to train anew, "
                 f"which replaces both, or choose another folder."
             )
-        try:
-            trainer.load_state(checkpoint)
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise unusable(self.last_path) from None
-        self.saved_step = checkpoint["iter_num"]
-        return checkpoint["history"], checkpoint["iter_num"], checkpoint["seconds"]
+        return checkpoint
 
     def check_writable(self):
         """Fails before the first step, not at the first save. Raises CheckpointError."""
@@ -960,7 +1084,7 @@ class RunStore:
     def read(self, path):
         """A whole checkpoint of this very run. Raises CheckpointError."""
         checkpoint = load_checkpoint(path)
-        check_same_run(checkpoint, self.settings, self.data, path)
+        check_same_run(checkpoint, self.settings, self.data, path, start_from=self.start)
         dicts, numbers = ("model", "model_args", "optimizer", "scaler", "rng", "history"), ("best_val_loss", "seconds")
         kinds = {**dict.fromkeys(dicts, dict), **dict.fromkeys(numbers, float), "iter_num": int}
         whole = all(isinstance(checkpoint.get(part), kind) for part, kind in kinds.items())
@@ -974,6 +1098,7 @@ class RunStore:
             "model_args": asdict(trainer.model.config),
             "settings": asdict(self.settings),
             "data": data_identity(self.data),
+            "start_from": self.start,
             "iter_num": step,
             "best_val_loss": min(history["val_loss"]),
             "history": history,
@@ -982,12 +1107,16 @@ class RunStore:
 
     def keep(self, trainer, history, step, seconds):
         """After an evaluation: holds the state if it is the best, and writes both files when it is time."""
+        if rank():
+            return
         if history["val_loss"][-1] == min(history["val_loss"]):
             self.unsaved_best = copy.deepcopy(self.checkpoint(trainer, history, step, seconds))
         if time.monotonic() - self.saved_at >= self.save_seconds:
             self.write(trainer, history, step, seconds)
 
     def write(self, trainer, history, step, seconds):
+        if rank():
+            return
         # the best first: were only it written, going on from the older last would come past it again
         if self.unsaved_best is not None:
             save_checkpoint(self.best_path, self.unsaved_best)
@@ -1084,11 +1213,11 @@ class LiveView:
             self.line = display(Markdown(""), display_id=True)
             self.picture = display(Markdown(""), display_id=True)
             self.table = display(Markdown(""), display_id=True)
-        else:
-            self.bar = tqdm(total=settings.max_iters, desc=self.title, unit="step")
 
     def began(self, step):
         self.first = step
+        if self.line is None:
+            self.bar = tqdm(total=self.settings.max_iters, desc=self.title, unit="step")
 
     def progress(self, step):
         now = time.perf_counter()
@@ -1314,7 +1443,7 @@ def loss_by_position(model, data, split="val", blocks=400):
     """
     block, device = model.config.block_size, next(model.parameters()).device
     quarter = max(1, block // 4)
-    tokens = tokens_on(device, data.splits[split])[: blocks * quarter + block + 1]
+    tokens = tokens_on(device, data.splits[split][: blocks * quarter + block + 1])
     starts = torch.arange(0, len(tokens) - block, quarter, device=device)
     totals = [0.0] * 4
     with evaluation_mode(model):
@@ -1728,3 +1857,60 @@ def distribution_figure(datasets, colors):
         axes.loglog(np.arange(1, len(counts) + 1), counts, color=color)
         axes.set(title=data.title, xlabel="rank", ylabel="occurrences in the training split")
     return figure
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+def out_folder(name):
+    """Where the notebook and the command keep the run on the data set of this name."""
+    plan = {"shakespeare": ("shakespeare_char", "stand_in_char"), "wikitext2": ("wikitext2_raw", "stand_in_gpt2")}
+    return f"out-{next((short for short, names in plan.items() if name in names), name)}-test"
+
+
+def settings_with(settings, changes):
+    """The settings with changes such as "dropout=0.2". Raises ValueError."""
+    values = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in asdict(settings):
+            raise ValueError(f"There is no setting {field!r}: --set takes FIELD=VALUE with one of {', '.join(asdict(settings))}.")
+        with contextlib.suppress(ValueError, SyntaxError):  # what is no number stays text, which Settings refuses by name
+            value = ast.literal_eval(value)
+        values[field] = value
+    return replace(settings, **values)
+
+
+def main(arguments=None):
+    """`python helpers.py wikitext2`: trains as the notebook's cell does, to the same folder; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Train on a data set, also under torchrun; the notebook then loads the run.")
+    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a folder's name under data/ (see data/own.py)")
+    parser.add_argument("--preset", help="full, quick or smoke")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting other than the preset's")
+    parser.add_argument("--fresh", action="store_true", help="train anew even where a checkpoint of the run exists")
+    parser.add_argument("--out", help="the run's folder (default: the notebook's)")
+    parser.add_argument("--start-from", metavar="CKPT", help="initial weights from this checkpoint")
+    options = parser.parse_args(arguments)
+    try:
+        precision = choose_precision(join_processes())
+        preset, name = choose_preset(options.preset), options.dataset
+        settings = settings_with(preset.shakespeare if name == "shakespeare_char" else preset.wikitext2, options.set)
+        folder = ROOT / name
+        if name in NAMES:  # by the first process alone; on other hosts the prepared folder must be there
+            folder = from_first(lambda: prepare(name, allow_stand_in=not preset.needs_real_data))
+        data = load(folder)
+        out, view = options.out or out_folder(data.name), SilentView() if rank() else LiveView(data, settings, None)
+        history = train_model(make_model(settings, data), data, settings, out, precision=precision, fresh=options.fresh,
+                              view=view, start_from=options.start_from)  # fmt: skip
+    except (CheckpointError, TrainingError, DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not rank():
+        print(reading_of_training(Run(data, settings, history, out, None)))
+    if joined():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -159,7 +159,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist, so no data is prepared: run data/prepare.py.") from None
+        raise DataError(f"{path} does not exist, so no data is prepared: run data/prepare.py, "
+                        "or data/own.py for a text of your own.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, f"is not readable JSON ({error})") from error
     check_fields(path, meta, META_TYPES)
