@@ -41,7 +41,7 @@ from data.batches import ResidentBatches, StreamedBatches, get_batch, tokens_at,
 from data.dataset import load
 from data.fetch import DataError, replacing
 from data.prepare import NAMES, ROOT, prepare
-from model import GPT, GPTConfig, GraphedStep, Muon, fused_loss_obstacle, turns
+from model import GPT, GPTConfig, GraphedStep, Muon, fused_loss_obstacle
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -101,6 +101,11 @@ class Settings:
     def model_config(self, vocab_size):
         shape = {f.name: getattr(self, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
         return GPTConfig(vocab_size=vocab_size, **shape)
+
+    @property
+    def sliding_stride(self):
+        """Tokens by which sliding windows move on, wherever they score this run: a quarter of the block."""
+        return max(1, self.block_size // 4)
 
     @property
     def tokens_per_step(self):
@@ -473,7 +478,7 @@ def split_words(data, split):
 def word_tree(data, device):
     """The WordTree of a data set; None if its other splits hold words that the training split lacks."""
     words = frozenset(split_words(data, "train"))
-    if not all(words.issuperset(split_words(data, split)) for split in data.splits):
+    if not all(words.issuperset(split_words(data, split)) for split in data.splits if split != "train"):
         return None
     following = {(): set()}
     for word in sorted(words):
@@ -615,6 +620,8 @@ def load_checkpoint(path):
         ) from None
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} holds more than plain values and was not opened: use a file you trust.") from None
+    except MemoryError:
+        raise
     except Exception as error:  # what is no checkpoint fails in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is not a whole checkpoint ({reason}): train again with fresh=True, which replaces it.") from None
@@ -834,8 +841,7 @@ def compiled_blocks(model, precision, batch_size=1):
         with precision.autocast():
             shape = (batch_size, model.config.block_size, model.config.n_embd)
             x = torch.zeros(shape, device=precision.device, requires_grad=True)
-            by = turns(torch.arange(x.size(1), device=x.device), x.size(2) // model.config.n_head) if model.config.rotary else None
-            blocks[0](x, by, None).sum().backward()
+            blocks[0](x, model.rotation(x.size(1)), None).sum().backward()
         return blocks
     except Exception as error:
         print(f"Training runs uncompiled, a little slower: {type(error).__name__} from torch.compile.")
@@ -1386,7 +1392,7 @@ def score_run(run, device, splits, sliding):
     All `splits` that the data set has are scored in blocks, those in `sliding` also by windows that move on by
     a quarter block.
     """
-    best, scores, strides = run.load("best", device), {}, {"blocks": None, "sliding": max(1, run.settings.block_size // 4)}
+    best, scores, strides = run.load("best", device), {}, {"blocks": None, "sliding": run.settings.sliding_stride}
     for split in (split for split in splits if split in run.data.splits):
         for method in ("blocks", "sliding") if split in sliding else ("blocks",):
             scores["best", split, method] = score_split(best, run.data, split, strides[method])
@@ -1414,7 +1420,7 @@ def score_beyond(runs, device):
     while it reads. Where the training split holds all words, also among these alone.
     """
     data, models = runs[0].data, [run.load("best", device) for run in runs]
-    words, stride, scores = word_tree(data, device), max(1, runs[0].settings.block_size // 8), {}
+    words, stride, scores = word_tree(data, device), runs[0].settings.sliding_stride, {}
     for tree, choice in ((None, ""), (words, ", among its words")) if words else ((None, ""),):
         for split in (split for split in data.splits if split != "train"):
             nats = torch.stack([token_nats(model, data, split, stride, tree) for model in models])
@@ -1517,7 +1523,7 @@ def sensitivity_study(datasets, all_settings, precision, share=0.2, seeds=(1337,
                 loss, seconds = known[data.name, own]
                 rows.append(dict(data=data.title, unit=unit_of(data), parameter=parameter, value=value, seed=seed, steps=own.max_iters,
                                  tokens=own.max_iters * own.tokens_per_step, loss=loss, seconds=seconds))  # fmt: skip
-    return {"made by": describe_machine(precision) | {"code": code_sum()}, "share": share, "rows": rows}
+    return {"made by": made_by(precision), "share": share, "rows": rows}
 
 
 def train_unsaved(data, settings, precision):
@@ -1530,6 +1536,11 @@ def train_unsaved(data, settings, precision):
         last = min(first + settings.eval_interval, settings.max_iters)
         check_finite(trainer.advance(first, last, StopRequests(), lambda step: None), first, trainer)
     return model, time.perf_counter() - started
+
+
+def made_by(precision):
+    """What a kept result was made on, and by which code."""
+    return describe_machine(precision) | {"code": code_sum()}
 
 
 def code_sum():
@@ -1545,7 +1556,6 @@ def read_results(name):
 
 
 def write_results(name, results):
-    RESULTS.mkdir(exist_ok=True)
     write_atomically(RESULTS / name, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
 
 
@@ -1574,28 +1584,27 @@ def study_means(study):
 
 
 def sensitivity_text(study):
-    """What a study found: for each data set, parameters by how far their values lie apart."""
-    lines = []
-    for data, parameters in study_means(study).items():
-        ranges = {}
-        for parameter, values in parameters.items():
-            losses = [loss for _, loss, _, _ in values]
-            best = min(values, key=lambda row: row[1])
-            doubt = max(half for _, _, half, _ in values)
-            ranges[parameter] = max(losses) - min(losses), best, doubt
-        order = sorted(ranges, key=lambda parameter: -ranges[parameter][0])
-        told = [
-            f"`{parameter}` moves the loss by {ranges[parameter][0]:.3f} nats, "
-            + (f"best at {ranges[parameter][1][0]:g}" if ranges[parameter][0] > 2 * ranges[parameter][2] else "little more than the seeds do")
-            for parameter in order
-        ]
-        rates = {value: loss for value, loss, _, _ in parameters["learning_rate"]} if "learning_rate" in parameters else {}
-        guess = ""
-        if {1e-3, 3e-3} <= rates.keys():
-            better, worse = sorted((1e-3, 3e-3), key=rates.get)
-            guess = f" Of the two rates that the plan guesses, {better:g} is better than {worse:g} by {rates[worse] - rates[better]:.3f} nats."
-        lines.append(f"**{data}**: {'; '.join(told)}.{guess}")
-    return "\n\n".join(lines)
+    """What a study found, a paragraph a data set."""
+    return "\n\n".join(f"**{data}**: {reading_of_study(parameters)}" for data, parameters in study_means(study).items())
+
+
+def reading_of_study(parameters):
+    """Parameters by how far their values lie apart, and the plan's two rates; what the seeds blur is not told apart."""
+    told = []
+    for parameter, values in parameters.items():
+        losses, halves = [loss for _, loss, _, _ in values], [half for _, _, half, _ in values]
+        width, (lowest, half) = max(losses) - min(losses), min(zip(losses, halves))
+        best = " or ".join(f"{value:g}" for value, loss, doubt, _ in values if loss - doubt <= lowest + half)
+        verdict = f"best at {best}" if width > 2 * max(halves) else "little more than the seeds do"
+        told.append((width, f"`{parameter}` moves the loss by {width:.3f} nats, {verdict}"))
+    text = "; ".join(sentence for _, sentence in sorted(told, reverse=True)) + "."
+    rates = {value: (loss, half) for value, loss, half, _ in parameters.get("learning_rate", ())}
+    if {1e-3, 3e-3} <= rates.keys():
+        better, worse = sorted((1e-3, 3e-3), key=rates.get)
+        gap, doubt = rates[worse][0] - rates[better][0], rates[worse][1] + rates[better][1]
+        text += f" Of the two rates that the plan guesses, {better:g} is better than {worse:g} by {gap:.3f} nats"
+        text += "." if gap > doubt else ", no more than the seeds are apart."
+    return text
 
 
 def sensitivity_figure(study, colors):
@@ -1897,7 +1906,7 @@ def main(arguments=None):
     """`python helpers.py wikitext2`: trains as the notebook's cell does, to the same folder; returns the exit status."""
     parser = argparse.ArgumentParser(description="Train on a data set, also under torchrun; the notebook then loads the run.")
     parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a folder's name under data/ (see data/own.py)")
-    parser.add_argument("--preset", help="full, quick or smoke")
+    parser.add_argument("--preset", help="full, record, quick or smoke")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting other than the preset's")
     parser.add_argument("--fresh", action="store_true", help="train anew even where a checkpoint of the run exists")
     parser.add_argument("--out", help="the run's folder (default: the notebook's)")

@@ -203,18 +203,22 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{idx.size(1)} tokens do not fit a block of {self.config.block_size}: crop the input to the block."
             )
-        places = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
         # sparse: the gradient of the batch's few rows is added to the output layer's dense one, in place
-        x, by = F.embedding(idx, self.transformer.wte.weight, sparse=True), None
-        if self.config.rotary:
-            by = turns(places, self.config.n_embd // self.config.n_head)
-        else:
+        x, by = F.embedding(idx, self.transformer.wte.weight, sparse=True), self.rotation(idx.size(1), positions)
+        if by is None:
             x = x + (self.transformer.wpe.weight[: idx.size(1)] if positions is None else self.transformer.wpe(positions))
         x = self.transformer.drop(x)
         mask = None if cache is None else cache.mask[positions]
         for layer, block in enumerate(blocks or self.transformer.h):
             x = block(x, by, None if cache is None else (cache.layers[layer], positions, mask))
         return self.transformer.ln_f(x)
+
+    def rotation(self, length, positions=None):
+        """What rotary embedding turns the channels of the first `length` positions by, or of these; None without it."""
+        if not self.config.rotary:
+            return None
+        places = torch.arange(length, device=self.lm_head.weight.device) if positions is None else positions
+        return turns(places, self.config.n_embd // self.config.n_head)
 
     def output_weight(self):
         """The output layer's matrix as `head` multiplies with it: on CUDA in autocast's type and aligned."""
@@ -405,12 +409,13 @@ class Muon(torch.optim.Optimizer):
         by_size = {}
         for matrix, direction in zip(matrices, ahead, strict=True):
             pieces = wide(direction)
-            by_size.setdefault(pieces.shape[1:], []).append((wide(matrix), pieces, max(1, matrix.size(0) / matrix.size(1))))
+            higher = max(1, matrix.size(0) / matrix.size(1) / len(pieces)) ** 0.5  # rate of a tall matrix
+            by_size.setdefault(pieces.shape[1:], []).append((wide(matrix), pieces, higher))
         for parts in by_size.values():
-            targets, pieces, ratios = zip(*parts, strict=True)
+            targets, pieces, factors = zip(*parts, strict=True)
             updates = orthogonal(torch.cat(pieces)).split([len(piece) for piece in pieces])
-            for target, update, ratio in zip(targets, updates, ratios, strict=True):
-                target.sub_(update * (rate * ratio**0.5 if len(target) == 1 else rate))
+            for target, update, higher in zip(targets, updates, factors, strict=True):
+                target.sub_(update * (rate * higher))
 
 
 def wide(matrix):

@@ -28,8 +28,8 @@ if __name__ == "__main__":      # run as a script, sys.path starts at this folde
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.dataset import DTYPE, FORMAT, CharTokenizer, Dataset, GPT2Tokenizer, Tokenizer, load
-from data.fetch import GPT2_FILES, DataError, Unavailable, reason, replacing
-from data.prepare import NAMES, ROOT, describe, find_damage, refusal
+from data.fetch import GPT2_FILES, DataError, Unavailable, reason
+from data.prepare import NAMES, ROOT, exit_status, find_damage, refusal, write_json
 
 PIECE = 1 << 20                 # bytes read at a time, and about what is encoded at a time
 SAVED = 1 << 26                 # bytes of text between two states from which an interrupted preparation goes on
@@ -356,11 +356,6 @@ def read_saved(path: Path, plan: dict) -> dict[str, Done]:
         return {}
 
 
-def write_json(path: Path, value: dict) -> None:
-    with replacing(path) as out:
-        out.write(json.dumps(value, indent=1).encode())
-
-
 def progress(what: str, total: int):
     """A bar over bytes: in a terminal, silence in logs and in notebooks that are kept."""
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
@@ -383,16 +378,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="of the set (default: the source's)")
     parser.add_argument("--char", action="store_true", help="by character instead of in GPT-2 BPE")
     options = parser.parse_args(arguments)
-    try:
-        folder = prepare_text(options.source, options.name, "char" if options.char else "gpt2")
-        print(describe(load(folder)))
-    except (DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: run the command again to go on; nothing half-made will be used", file=sys.stderr)
-        return 130
-    return 0
+
+    def work():
+        yield prepare_text(options.source, options.name, "char" if options.char else "gpt2")
+
+    return exit_status(work(), "go on")
 
 
 if __name__ == "__main__":

@@ -248,8 +248,13 @@ def write_set(folder: Path, splits: dict[str, Split], tokenizer: Tokenizer, fact
             "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": entries}
     if isinstance(tokenizer, CharTokenizer):
         meta["chars"] = tokenizer.chars
-    with replacing(folder / "meta.json") as out:
-        out.write(json.dumps(meta, indent=1).encode())
+    write_json(folder / "meta.json", meta)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file whole or not at all. DataError if it cannot be written."""
+    with replacing(path) as out:
+        out.write(json.dumps(value, indent=1).encode())
 
 
 def write_split(folder: Path, split: str, part: Split, tokenizer: Tokenizer) -> dict:
@@ -282,15 +287,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--raw", action="store_true", help="WikiText-2 raw instead of v1")
     options = parser.parse_args(arguments)
     names = NAMES if options.name == "all" else (options.name,)
-    try:
+
+    def work():
         for name in names:
             variant = "raw" if options.raw and (name == "wikitext2" or options.name != "all") else "v1"
-            print(describe(load(prepare(name, variant=variant))))
+            yield prepare(name, variant=variant)
+
+    return exit_status(work(), "finish")
+
+
+def exit_status(folders, again: str) -> int:
+    """Describe each prepared folder as it comes; the command's exit status, with its error or interrupt in a sentence."""
+    try:
+        for folder in folders:
+            print(describe(load(folder)))
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: run the command again to finish; nothing half-made will be used", file=sys.stderr)
+        print(f"stopped: run the command again to {again}; nothing half-made will be used", file=sys.stderr)
         return 130
     return 0
 

@@ -34,6 +34,15 @@ def random_data(vocab_size, n_tokens=1_000_000):
     return SimpleNamespace(vocab_size=vocab_size, splits={"train": tokens, "val": tokens})
 
 
+def host_batch(tokens, batch, block):
+    """Random windows as tutorials cut them, on the host: inputs and targets (B, T)."""
+    starts = torch.randint(len(tokens) - block, (batch,)).tolist()
+    return (
+        torch.stack([torch.from_numpy(tokens[i + shift : i + shift + block].astype(np.int64)) for i in starts])
+        for shift in (0, 1)
+    )
+
+
 def plain_loop(settings, data, precision):
     """The loop that tutorials write: batch from the host, eager step, PyTorch's own loss. Returns its step.
 
@@ -49,12 +58,7 @@ def plain_loop(settings, data, precision):
         nonlocal done
         for group in optimizer.param_groups:
             group["lr"] = get_lr(done, settings)
-        starts = torch.randint(len(tokens) - block, (settings.batch_size,)).tolist()
-        x, y = (
-            torch.stack([torch.from_numpy(tokens[i + shift : i + shift + block].astype(np.int64)) for i in starts])
-            for shift in (0, 1)
-        )
-        x, y = x.to(precision.device), y.to(precision.device)
+        x, y = (part.to(precision.device) for part in host_batch(tokens, settings.batch_size, block))
         with precision.autocast():
             loss = model(x, y)[1]
         loss.backward()

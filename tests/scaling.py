@@ -3,7 +3,8 @@
 Starts itself under torchrun for each number of processes and prints Markdown tables: tokens/s of the project and of a
 plain loop as nanoGPT has it (host batch, eager step, DistributedDataParallel), each with its own fixed batch a card;
 tokens/s at the same whole batch on more cards; and the step with tokens in memory against tokens on the disk. On
-random tokens. `--smoke` takes sizes for a CPU, where only the mechanism is tried. Not a test: nothing is asserted.
+random tokens. `--disk` measures the last of these alone. `--smoke` takes sizes for a CPU, where only the mechanism is
+tried. Not a test: nothing is asserted.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-from benchmark import random_data, timed
+from benchmark import host_batch, random_data, timed
 
 from helpers import (
     Settings, StopRequests, Trainer, choose_precision, describe_machine, get_lr, join_processes, make_model, markdown_table,
@@ -60,9 +61,8 @@ def plain_step(settings, data, precision):
     cuda = precision.device.type == "cuda"
 
     def get_batch():
-        starts = torch.randint(len(tokens) - block, (batch,)).tolist()
-        x, y = (torch.stack([torch.from_numpy(tokens[i + shift : i + shift + block].astype(np.int64)) for i in starts]) for shift in (0, 1))
-        return (part.pin_memory().to(precision.device, non_blocking=True) if cuda else part for part in (x, y))
+        windows = host_batch(tokens, batch, block)
+        return (part.pin_memory().to(precision.device, non_blocking=True) if cuda else part for part in windows)
 
     def run(steps):
         x, y = get_batch()
@@ -102,13 +102,15 @@ def round_seconds(run, steps, precision):
     return timed(lambda: run(steps), precision)
 
 
-def measure(path, smoke, compile):
+def measure(path, smoke, disk, compile):
     """Under torchrun: measures, and the first process writes what came out as JSON."""
     precision = choose_precision(join_processes())
     torch.manual_seed(rank())
     models, (shared, batches), single, vocab_size = plans(smoke)
     data, ranks = random_data(vocab_size), world_size()
     found = {"machine": describe_machine(precision), "models": {}, "shared": {}, "disk": {}}
+    if disk:
+        models, batches = {}, ()
     for name, (settings, batch) in models.items():
         settings = replace(settings, batch_size=batch * ranks, compile=compile)
         rates = [tokens_per_second(make, settings, data, precision) for make in (project_step, plain_step)]
@@ -118,13 +120,20 @@ def measure(path, smoke, compile):
             settings = replace(shared, batch_size=batch, compile=compile)
             found["shared"][str(batch)] = tokens_per_second(project_step, settings, data, precision)
     if ranks == 1:
-        for resident in (True, False):
-            rate = tokens_per_second(project_step, single, data, precision, resident=resident)
-            found["disk"]["in memory" if resident else "on the disk"] = 1e3 * single.tokens_per_step / rate
+        with tempfile.TemporaryDirectory() as folder:
+            data.splits["train"] = mapped(np.tile(data.splits["train"], 100), Path(folder, "tokens.bin"))
+            for resident in (True, False):
+                rate = tokens_per_second(project_step, single, data, precision, resident=resident)
+                found["disk"]["in memory" if resident else "on the disk"] = 1e3 * single.tokens_per_step / rate
     if rank() == 0:
         Path(path).write_text(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def mapped(tokens, path):
+    tokens.tofile(path)
+    return np.memmap(path, tokens.dtype, "r")
 
 
 def cards(count):
@@ -141,16 +150,18 @@ def tables(found):
     first = found[counts[0]]
     yield markdown_table(("", cards(counts[-1])), first["machine"].items())
     rows = []
-    for name, _ in first["models"].items():
+    for name in first["models"]:
         for index, loop in enumerate(("this project", "plain DDP loop")):
             rates = [found[count]["models"][name][index] for count in counts]
             share = rates[-1] * counts[0] / rates[0] / counts[-1] if rates[0] and rates[-1] else None
             rows.append((name, loop, *map(shown, rates), "" if share is None else f"{share:.0%}"))
-    yield "Tokens/s, the same batch on each card:"
-    yield markdown_table(("model", "loop", *map(cards, counts), f"efficiency at {counts[-1]}"), rows)
+    if rows:
+        yield "Tokens/s, the same batch on each card:"
+        yield markdown_table(("model", "loop", *map(cards, counts), f"efficiency at {counts[-1]}"), rows)
     rows = [(batch, *(shown(found[c]["shared"][batch]) if batch in found[c]["shared"] else "" for c in counts)) for batch in first["shared"]]
-    yield "Tokens/s of the plan's model, the whole batch shared out:"
-    yield markdown_table(("sequences in all", *map(cards, counts)), rows)
+    if rows:
+        yield "Tokens/s of the plan's model, the whole batch shared out:"
+        yield markdown_table(("sequences in all", *map(cards, counts)), rows)
     if counts[0] == 1 and len(counts) > 1:
         one, more = first["shared"], found[counts[1]]["shared"]
         paying = [int(batch) for batch in more if more[batch] and (one[batch] or 0) < more[batch]]
@@ -163,18 +174,19 @@ def tables(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--disk", action="store_true", help="tokens on the disk against tokens in memory, on one card, and no more")
     parser.add_argument("--smoke", action="store_true", help="sizes for a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for both loops")
     parser.add_argument("--measure", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        return measure(options.measure, options.smoke, options.compile)
+        return measure(options.measure, options.smoke, options.disk, options.compile)
     found = {}
-    for count in options.processes:
+    for count in [1] if options.disk else options.processes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "found.json")
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__, "--measure", path]
-            command += ["--smoke"] * options.smoke + ["--compile"] * options.compile
+            command += ["--smoke"] * options.smoke + ["--disk"] * options.disk + ["--compile"] * options.compile
             subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
             found[count] = json.loads(path.read_text())
             print("\n\n".join(tables(found)), flush=True)

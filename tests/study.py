@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.dataset import load
-from data.prepare import prepare
+from data.prepare import NAMES, prepare
 from helpers import (
-    Run, choose_precision, choose_preset, code_sum, describe_machine, make_model, read_results, score_split,
-    sensitivity_study, train_model, write_results,
+    Run, choose_precision, choose_preset, made_by, make_model, read_results, score_split, sensitivity_study, train_model,
+    write_results,
 )  # fmt: skip
 
 
@@ -35,29 +35,29 @@ def measure(data, settings, precision, change):
     with tempfile.TemporaryDirectory() as folder:
         history = train_model(make_model(settings, data), data, settings, folder, precision=precision)
         run = Run(data, settings, history, folder, "black")
-        score = score_split(run.load("best", precision.device), data, "val", max(1, settings.block_size // 4))
+        score = score_split(run.load("best", precision.device), data, "val", settings.sliding_stride)
     words = score.word_perplexity if data.tokenizer.name != "char" else None
     row = dict(data=data.title, change=change, loss=score.loss, word_perplexity=words, seconds=run.last["seconds"], seed=settings.seed)
     print(row, flush=True)
     return row
 
 
-def steps(preset, precision):
+def steps(preset, datasets, precision):
     """Rows of every step but each text's first and last, which the report itself measures."""
-    text, play = (load(prepare(name, allow_stand_in=not preset.needs_real_data)) for name in ("wikitext2", "shakespeare_char"))
-    end_text, end_play = preset.beyond
+    (text, play), (end_text, end_play) = datasets, preset.beyond
     switches = [
         ("rotary positions, no biases", dict(rotary=True, bias=False)),
-        ("queries and keys of unit length", dict(qk_norm=True)),
+        ("normalised queries and keys", dict(qk_norm=True)),
         ("squared ReLU", dict(squared_relu=True)),
-        ("Muon for the blocks' matrices, last rate 1e-5", dict(muon_factor=20.0, min_lr=end_text.min_lr)),
+        (f"Muon for the blocks' matrices, last rate {end_text.min_lr:g}", dict(muon_factor=end_text.muon_factor, min_lr=end_text.min_lr)),
     ]
     larger = {f: getattr(end_text, f) for f in ("batch_size", "block_size", "dropout", "warmup_iters", "max_iters", "compile", "eval_iters")}
     nano = dict(batch_size=end_play.batch_size, learning_rate=1e-3, min_lr=1e-4, dropout=0.2, max_iters=min(2500, end_play.max_iters),
                 warmup_iters=100, bias=False)  # fmt: skip
     rest = {f: getattr(end_play, f) for f in vars(end_play)}
-    text_changes = [*switches, ("24 sequences of 512 tokens a batch, dropout 0.35", larger), ("pointer", dict(pointer=end_text.pointer))]
-    play_changes = [("64 sequences a batch, rate 1e-3, dropout 0.2, no biases", nano), ("", rest)]
+    longer = f"{end_text.batch_size} sequences of {end_text.block_size} tokens a batch, dropout {end_text.dropout:g}"
+    text_changes = [*switches, (longer, larger), ("pointer", dict(pointer=end_text.pointer))]
+    play_changes = [(f"{end_play.batch_size} sequences a batch, rate 1e-3, dropout 0.2, no biases", nano), ("", rest)]
     quick = dict(eval_interval=max(1, preset.wikitext2.max_iters // 5), eval_iters=min(50, preset.wikitext2.eval_iters))
     often = dict(eval_interval=max(1, end_play.max_iters // 12), eval_iters=min(50, preset.shakespeare.eval_iters))
     for data, start, end, changes, pace in ((text, preset.wikitext2, end_text, text_changes, quick), (play, preset.shakespeare, end_play, play_changes, often)):
@@ -71,15 +71,16 @@ def main():
     parser.add_argument("--only", choices=("steps", "sensitivity"))
     arguments = parser.parse_args()
     precision, preset, began = choose_precision(), choose_preset(arguments.preset), time.time()
-    made_by = describe_machine(precision) | {"code": code_sum()}
+    datasets = [load(prepare(name, allow_stand_in=not preset.needs_real_data)) for name in NAMES]
     if arguments.only != "sensitivity":
-        last = {"WikiText-2": "a pointer;", "Tiny Shakespeare": "the switches above and Muon, dropout 0.4, decay 0.3, 3,000 steps;"}
-        results = {"made by": made_by, "last": last, "steps": []}
-        for row in steps(preset, precision):
+        end = preset.beyond[1]
+        last = {"WikiText-2": "a pointer;", "Tiny Shakespeare": f"the switches above and Muon, dropout {end.dropout:g}, "
+                f"decay {end.weight_decay:g}, {end.max_iters:,} steps;"}  # fmt: skip
+        results = {"made by": made_by(precision), "last": last, "steps": []}
+        for row in steps(preset, datasets, precision):
             results["steps"].append(row)
             write_results("steps.json", results)
     if arguments.only != "steps":
-        datasets = [load(prepare(name, allow_stand_in=not preset.needs_real_data)) for name in ("wikitext2", "shakespeare_char")]
         write_results("sensitivity.json", sensitivity_study(datasets, (preset.wikitext2, preset.shakespeare), precision))
         print(len(read_results("sensitivity.json")["rows"]), "results of the sensitivity study")
     print(f"{time.time() - began:.0f} s")
