@@ -57,9 +57,10 @@ class Settings:
     n_embd: int = 384
     dropout: float = 0.1
     bias: bool = True
-    rotary: bool = False  # this and the next three: see GPTConfig
+    rotary: bool = False  # this and the next four: see GPTConfig
     qk_norm: bool = False
     squared_relu: bool = False
+    rms_norm: bool = False
     pointer: bool = False
     learning_rate: float = 1e-3  # peak, reached after the warm-up
     min_lr: float = 1e-4  # floor, reached when the last step is done
@@ -145,12 +146,12 @@ def choose_preset(name=None):
         quick, block_size=32, n_layer=2, n_head=2, n_embd=16, batch_size=4, max_iters=20, warmup_iters=4,
         eval_interval=5, eval_iters=2,
     )  # fmt: skip
-    modern = dict(rotary=True, qk_norm=True, squared_relu=True, bias=False, muon_factor=20.0)
+    modern = dict(rotary=True, qk_norm=True, squared_relu=True, rms_norm=True, bias=False, min_lr=1e-5, compile=True)
     beyond = (
-        replace(full, **modern, pointer=True, batch_size=24, block_size=512, dropout=0.35, min_lr=1e-5, warmup_iters=300,
-                eval_interval=500, eval_iters=25, compile=True),
-        replace(full, **modern, batch_size=64, dropout=0.4, weight_decay=0.3, min_lr=1e-5, max_iters=3000, warmup_iters=100,
-                eval_iters=40, compile=True),
+        replace(full, **modern, pointer=True, batch_size=8, block_size=1024, dropout=0.35, learning_rate=6e-4, muon_factor=33.0,
+                max_iters=7500, warmup_iters=300, eval_interval=750, eval_iters=50),
+        replace(full, **modern, batch_size=64, dropout=0.4, muon_factor=20.0, weight_decay=0.3, max_iters=2500, warmup_iters=100,
+                eval_iters=40),
     )  # fmt: skip
     plan = Preset("full", full, replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4), True, True)
     presets = {
@@ -1358,6 +1359,12 @@ class Run:
         )
 
     @property
+    def learnt_late(self):
+        """Whether validation gained clearly faster, by a fifth or more, once the rate had fallen below half its peak."""
+        high, low = self.paces
+        return low > max(0.0, 1.2 * high)
+
+    @property
     def gap(self):
         """Validation minus training estimate at the end, nats a token."""
         return self.last["val_loss"] - self.last["train_loss"]
@@ -1648,7 +1655,7 @@ def show_table(header, rows):
 
 
 MADE_IN = {
-    "sections 1 and 2": "headline curves clock preset fresh variant settings_wikitext settings_shakespeare precision",
+    "sections 1 and 2": "headline curves clock preset fresh variant own_text settings_wikitext settings_shakespeare precision",
     "sections 3 and 4": "folder_wikitext folder_shakespeare wikitext shakespeare datasets colors",
     "section 5": "model_wikitext model_shakespeare prompts before",
     "section 7": "history_wikitext run_wikitext",
@@ -1883,10 +1890,10 @@ def distribution_figure(datasets, colors):
 # --------------------------------------------------------------------------------------------- the command line
 
 
-def out_folder(name):
+def out_folder(name, run="test"):
     """Where the notebook and the command keep the run on the data set of this name."""
     plan = {"shakespeare": ("shakespeare_char", "stand_in_char"), "wikitext2": ("wikitext2_raw", "stand_in_gpt2")}
-    return f"out-{next((short for short, names in plan.items() if name in names), name)}-test"
+    return f"out-{next((short for short, names in plan.items() if name in names), name)}-{run}"
 
 
 def settings_with(settings, changes):

@@ -33,6 +33,7 @@ class GPTConfig:
     rotary: bool = False  # positions as turns of queries and keys (Su et al. 2021), instead of an embedding
     qk_norm: bool = False  # queries and keys of unit mean square (Henry et al. 2020)
     squared_relu: bool = False  # in place of GELU (So et al. 2021)
+    rms_norm: bool = False  # norms without mean and weights (Zhang and Sennrich 2019), in place of layer norms
     pointer: bool = False  # the head may also copy a token of the context (Merity et al. 2016)
 
     def __post_init__(self):
@@ -64,6 +65,12 @@ def turn(x, by):
     """Turns channel pairs of x (B, T, H, D) by `turns`."""
     (cos, sin), (a, b) = by, x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+def norm(config):
+    if config.rms_norm:
+        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -120,9 +127,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, by=None, past=None):
@@ -142,7 +149,7 @@ class GPT(nn.Module):
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=norm(config),
             )
         )
         if config.rotary:

@@ -78,7 +78,7 @@ def model(settings, corpus):
 
 
 # what the report switches on beyond the plan, one by one and all together
-SWITCHES = [{"rotary": True}, {"qk_norm": True}, {"squared_relu": True}, {"pointer": True}]
+SWITCHES = [{"rotary": True}, {"qk_norm": True}, {"squared_relu": True}, {"rms_norm": True}, {"pointer": True}]
 SWITCHES.append({name: True for switch in SWITCHES for name in switch})
 
 

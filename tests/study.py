@@ -49,14 +49,16 @@ def steps(preset, datasets, precision):
         ("rotary positions, no biases", dict(rotary=True, bias=False)),
         ("normalised queries and keys", dict(qk_norm=True)),
         ("squared ReLU", dict(squared_relu=True)),
-        (f"Muon for the blocks' matrices, last rate {end_text.min_lr:g}", dict(muon_factor=end_text.muon_factor, min_lr=end_text.min_lr)),
+        ("RMSNorm", dict(rms_norm=True)),
+        (f"Muon for the blocks' matrices, last rate {end_text.min_lr:g}", dict(muon_factor=20.0, min_lr=end_text.min_lr)),
     ]
-    larger = {f: getattr(end_text, f) for f in ("batch_size", "block_size", "dropout", "warmup_iters", "max_iters", "compile", "eval_iters")}
+    tuned = ("batch_size", "block_size", "dropout", "learning_rate", "muon_factor", "warmup_iters", "max_iters", "compile", "eval_iters")
     nano = dict(batch_size=end_play.batch_size, learning_rate=1e-3, min_lr=1e-4, dropout=0.2, max_iters=min(2500, end_play.max_iters),
                 warmup_iters=100, bias=False)  # fmt: skip
     rest = {f: getattr(end_play, f) for f in vars(end_play)}
-    longer = f"{end_text.batch_size} sequences of {end_text.block_size} tokens a batch, dropout {end_text.dropout:g}"
-    text_changes = [*switches, (longer, larger), ("pointer", dict(pointer=end_text.pointer))]
+    longer = (f"{end_text.batch_size} sequences of {end_text.block_size:,} tokens a batch, dropout {end_text.dropout:g}, "
+              f"rate {end_text.learning_rate:g}, {end_text.max_iters:,} steps")  # fmt: skip
+    text_changes = [*switches, (longer, {f: getattr(end_text, f) for f in tuned}), ("pointer", dict(pointer=end_text.pointer))]
     play_changes = [(f"{end_play.batch_size} sequences a batch, rate 1e-3, dropout 0.2, no biases", nano), ("", rest)]
     quick = dict(eval_interval=max(1, preset.wikitext2.max_iters // 5), eval_iters=min(50, preset.wikitext2.eval_iters))
     often = dict(eval_interval=max(1, end_play.max_iters // 12), eval_iters=min(50, preset.shakespeare.eval_iters))

@@ -88,7 +88,7 @@ def test_the_section_beyond_the_plan_runs_on_the_stand_in(copy):
     (cell,) = [cell for cell in notebook.cells if cell.id == "parameters"]
     cell.source = cell.source.replace(
         "preset = choose_preset(None)",
-        "more = dict(rotary=True, qk_norm=True, squared_relu=True, pointer=True, muon_factor=20.0, block_size=512, batch_size=1, n_layer=1)\n"
+        "more = dict(rotary=True, qk_norm=True, squared_relu=True, rms_norm=True, pointer=True, muon_factor=20.0, block_size=512, batch_size=1, n_layer=1)\n"
         "preset = choose_preset()\n"
         "preset = replace(preset, seeds=2, beyond=(replace(preset.wikitext2, **more), replace(preset.shakespeare, **more)))",
     )
@@ -113,6 +113,25 @@ def test_smoke_run_on_the_real_texts(copy, monkeypatch):
     for figure in ("2,448,382", "258,659", "295,877", "2,088,628", "217,646", "245,569", "1,003,854", "111,540", "| 65 |"):
         assert figure in table, f"{figure} is not in the table of the data"
     assert "stand-in" not in shown(notebook)
+
+
+@pytest.mark.skipif(not MIRROR, reason="needs GPT-2's vocabulary: set DATA_MIRROR")
+def test_a_text_of_one_s_own_takes_one_line(copy, monkeypatch):
+    monkeypatch.setenv("DATA_MIRROR", MIRROR)
+    paragraphs = (f"Paragraph {number} tells of the {'red green blue'.split()[number % 3]} house and its garden." for number in range(900))
+    (copy / "my notes.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    notebook = nbformat.read(copy / "test.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.id == "parameters"]
+    assert cell.source.count("own_text = None") == 1
+    cell.source = cell.source.replace("own_text = None", 'own_text = "my notes.txt"')
+    error = execute(notebook, copy, timeout=300)
+    assert error is None, error
+    assert_clean(notebook)
+    for place in ("setup", "load", "score", "findings"):
+        assert "my_notes" in shown(notebook, place), f"{place} is of another text"
+    assert "Paragraph" in shown(notebook, "samples-wikitext") and "Rome" not in shown(notebook, "samples-wikitext")
+    assert "cannot be compared" in shown(notebook, "literature-read")
+    assert (copy / "out-my_notes-test" / "ckpt.pt").exists()
 
 
 def test_an_error_stops_the_run_and_is_reported(copy):

@@ -284,7 +284,7 @@ def test_each_step_takes_the_rate_of_the_schedule(settings, corpus, monkeypatch)
 
 @pytest.mark.parametrize("stopped", [3, 7])
 def test_a_run_with_every_switch_goes_on_to_the_same_end(settings, corpus, tmp_path, stopped):
-    settings = replace(settings, rotary=True, qk_norm=True, squared_relu=True, pointer=True, muon_factor=20.0)
+    settings = replace(settings, rotary=True, qk_norm=True, squared_relu=True, rms_norm=True, pointer=True, muon_factor=20.0)
     whole, broken = make_model(settings, corpus), make_model(settings, corpus)
     run(whole, corpus, settings, tmp_path / "whole")
 
