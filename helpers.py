@@ -1759,21 +1759,30 @@ def beyond_rows(run, found):
 
 
 def steps_rows(kept, runs, scores, beyond, beyond_scores):
-    """The way from the plan's models to those beyond it: this report's first and last, and between them kept results."""
+    """The way from the plan's models to those beyond it: this report's first and last, and between them kept results.
+
+    A step's gain is over the one before it; that of another way to score the last model, over its usual one.
+    """
     for index, run in enumerate(runs):
-        chars, way = run.data.tokenizer.name == "char", []
+        by_word, way = run.data.tokenizer.name != "char", []
+
+        def row(change, loss, words, seconds, gain):
+            shown = f"{words:.2f}" if by_word else "not counted by word"
+            return change, run.title, f"{loss:.4f}", f"{gain:+.4f}" if gain is not None else "", shown, f"{seconds:.1f}"
+
         if (plain := scores[index].get(("best", "val", "sliding"))) is not None:
-            way.append(("the plan's settings, this run", run.title, plain.loss, plain.word_perplexity, run.last["seconds"]))
+            way.append(("the plan's settings, this run", plain.loss, plain.word_perplexity, run.last["seconds"]))
         for step in (kept or {}).get("steps", ()) if not run.data.stand_in else ():
             if step["data"] == run.title:
-                way.append((step["change"], run.title, step["loss"], step["word_perplexity"], step["seconds"]))
-        for group, (found, _) in zip(beyond[index : index + 1], beyond_scores[index : index + 1]):
-            for method, splits in found.items():
-                name = f"{(kept or {}).get('last', {}).get(run.title, '')} this run: {method}".strip()
-                way.append((name, run.title, splits["val"][0].loss, splits["val"][0].word_perplexity, group[0].last["seconds"]))
-        for before, (change, title, loss, words, seconds) in zip([None, *way], way):
-            gain = f"{before[2] - loss:+.4f}" if before else ""
-            yield change, title, f"{loss:.4f}", gain, "not counted by word" if chars else f"{words:.2f}", f"{seconds:.1f}"
+                way.append((step["change"], step["loss"], step["word_perplexity"], step["seconds"]))
+        if index < len(beyond):
+            last, trained = (kept or {}).get("last", {}).get(run.title, ""), beyond[index][0].last["seconds"]
+            (first, best), *others = [(method, splits["val"][0]) for method, splits in beyond_scores[index][0].items()]
+            way.append((f"{last} this run: {first}".strip(), best.loss, best.word_perplexity, trained))
+        for before, (change, loss, words, seconds) in zip([None, *way], way):
+            yield row(change, loss, words, seconds, before and before[1] - loss)
+        if index < len(beyond):
+            yield from (row(f"scored as {method}", s.loss, s.word_perplexity, trained, best.loss - s.loss) for method, s in others)
 
 
 def beyond_text(ours, best_single, adapting):
