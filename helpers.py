@@ -149,9 +149,9 @@ def choose_preset(name=None):
     modern = dict(rotary=True, qk_norm=True, squared_relu=True, rms_norm=True, bias=False, min_lr=1e-5, compile=True)
     beyond = (
         replace(full, **modern, pointer=True, batch_size=8, block_size=1024, dropout=0.35, learning_rate=6e-4, muon_factor=33.0,
-                max_iters=7500, warmup_iters=300, eval_interval=750, eval_iters=50),
+                max_iters=7500, warmup_iters=300, eval_interval=1250, eval_iters=25),
         replace(full, **modern, batch_size=64, dropout=0.4, muon_factor=20.0, weight_decay=0.3, max_iters=2500, warmup_iters=100,
-                eval_iters=40),
+                eval_interval=500, eval_iters=40),
     )  # fmt: skip
     plan = Preset("full", full, replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4), True, True)
     presets = {
@@ -534,8 +534,8 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
 
 
 def choose_rate(model, data, words=None, rates=(1e-5, 2e-5, 4e-5)):
-    """The rate of dynamic evaluation with the least loss on the first quarter of the validation split."""
-    n_tokens = len(data.splits["val"]) // 4
+    """The rate of dynamic evaluation with the least loss on the first eighth of the validation split."""
+    n_tokens = len(data.splits["val"]) // 8
     return min(rates, key=lambda rate: dynamic_nats(model, data, "val", rate, words, n_tokens).mean().item())
 
 
