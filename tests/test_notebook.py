@@ -152,8 +152,8 @@ def test_committed_report():
     assert_clean(notebook)
     assert REPORT.stat().st_size < 1_500_000
     headline = shown(notebook, "setup")
-    assert "Preset full on NVIDIA" in headline and "stand-in" not in shown(notebook), headline
-    assert len(pictures(notebook)) == 6
+    assert "Preset record on NVIDIA" in headline and "stand-in" not in shown(notebook), headline
+    assert len(pictures(notebook)) == 8
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
 
 
