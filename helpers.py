@@ -496,10 +496,11 @@ def word_tree(data, device):
 
 
 def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
-    """Nats (N,) of a split's tokens, or of its first `n_tokens`, by a copy of the model that learns as it reads.
+    """Nats of a split's tokens, or of its first `n_tokens`, by a copy of the model that learns as it reads.
 
     Dynamic evaluation (Krause et al. 2018): an eighth of a block is scored, then learnt from in one step of Adam
-    without first moments, then the next eighth is read. So no token moves an earlier score.
+    without first moments, then the next eighth is read. So no token moves an earlier score. Returns (1, N): among
+    all tokens; or (2, N): among all, and among those of `words`, a WordTree. Either way all are learnt from.
     """
     device, block = next(model.parameters()).device, model.config.block_size
     stride = max(1, block // 8)
@@ -509,7 +510,8 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
     inputs = torch.cat([tokens.new_tensor([data.first_context]), tokens])
     length, inputs, tokens, places = len(tokens), *(F.pad(values, (0, block)) for values in (inputs, tokens, places))
     begins = torch.arange(0, length, stride, device=device)
-    nats, row = torch.zeros(len(begins), stride, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    nats = torch.zeros(len(begins), 2 if words else 1, stride, device=device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.0, 0.999), fused=True, capturable=device.type == "cuda")
 
     def step():
@@ -520,8 +522,9 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
         x = model.hidden(idx)
         copies = model.copies(x, idx)
         logits = model.head(x[0, rows], copies=copies and tuple(part[0, rows] for part in copies)).float()
-        losses = words.nats(logits, tokens[scored], places[scored]) if words else F.cross_entropy(logits, tokens[scored], reduction="none")
-        nats.index_copy_(0, row, losses.detach()[None])
+        losses = F.cross_entropy(logits, tokens[scored], reduction="none")
+        among = [words.nats(logits.detach(), tokens[scored], places[scored])] if words else []
+        nats.index_copy_(0, row, torch.stack([losses.detach(), *among])[None])
         (losses * (scored < length)).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -530,13 +533,13 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
     graphed = GraphedStep(step, enabled=device.type == "cuda", recover=lambda: optimizer.zero_grad(set_to_none=True))
     for _ in range(len(begins)):
         graphed()
-    return nats.flatten()[:length]
+    return nats.transpose(0, 1).flatten(1)[:, :length]
 
 
-def choose_rate(model, data, words=None, rates=(1e-5, 2e-5, 4e-5)):
+def choose_rate(model, data, rates=(2e-5, 4e-5, 8e-5)):
     """The rate of dynamic evaluation with the least loss on the first eighth of the validation split."""
     n_tokens = len(data.splits["val"]) // 8
-    return min(rates, key=lambda rate: dynamic_nats(model, data, "val", rate, words, n_tokens).mean().item())
+    return min(rates, key=lambda rate: dynamic_nats(model, data, "val", rate, n_tokens=n_tokens).mean().item())
 
 
 def score_baselines(data, split):
@@ -1428,14 +1431,17 @@ def score_beyond(runs, device):
     """
     data, models = runs[0].data, [run.load("best", device) for run in runs]
     words, stride, scores = word_tree(data, device), runs[0].settings.sliding_stride, {}
-    for tree, choice in ((None, ""), (words, ", among its words")) if words else ((None, ""),):
-        for split in (split for split in data.splits if split != "train"):
+    choices, splits = {"": None} | ({", among its words": words} if words else {}), [split for split in data.splits if split != "train"]
+    for choice, tree in choices.items():
+        for split in splits:
             nats = torch.stack([token_nats(model, data, split, stride, tree) for model in models])
             scores.setdefault(f"one model{choice}", {})[split] = [score_of(own, data, split) for own in nats]
             scores.setdefault(f"ensemble of {len(runs)}{choice}", {})[split] = [score_of(mixed(nats), data, split)]
-    rate = choose_rate(models[0], data, words)
-    learning = {split: [score_of(dynamic_nats(models[0], data, split, rate, words), data, split)] for split in next(iter(scores.values()))}
-    return scores | {f"one model that learns as it reads{choice}": learning}, rate
+    rate = choose_rate(models[0], data)
+    for split in splits:
+        for choice, nats in zip(choices, dynamic_nats(models[0], data, split, rate, words), strict=True):
+            scores.setdefault(f"one model that learns as it reads{choice}", {})[split] = [score_of(nats, data, split)]
+    return scores, rate
 
 
 def spread(values):
@@ -1752,10 +1758,10 @@ def beyond_rows(run, found):
     """Scores of a recipe beyond the plan as table rows; `run` is its first seed's, and what is shown is of that one."""
     for method, splits in found.items():
         for split, scores in splits.items():
-            one, words = scores[0], scores[0].word_perplexity
-            half = f"{spread(score.loss for score in scores)[1]:.4f}" if len(scores) > 1 else ""
-            by_word = f"{words:.2f}" if run.data.tokenizer.name != "char" else "not counted by word"
-            yield run.title, split, method, f"{one.loss:.4f}", half, by_word, f"{one.bits_per_byte:.4f}"
+            one, (mean, half), by_word = scores[0], spread(score.loss for score in scores), run.data.tokenizer.name != "char"
+            seeds = f"{mean:.4f} ± {half:.4f}" if len(scores) > 1 else ""
+            words = f"{one.word_perplexity:.2f}" if by_word else "not counted by word"
+            yield run.title, split, method, f"{one.loss:.4f}", seeds, words, f"{one.bits_per_byte:.4f}"
 
 
 def steps_rows(kept, runs, scores, beyond, beyond_scores):
@@ -1782,7 +1788,10 @@ def steps_rows(kept, runs, scores, beyond, beyond_scores):
         for before, (change, loss, words, seconds) in zip([None, *way], way):
             yield row(change, loss, words, seconds, before and before[1] - loss)
         if index < len(beyond):
-            yield from (row(f"scored as {method}", s.loss, s.word_perplexity, trained, best.loss - s.loss) for method, s in others)
+            every = sum(seed.last["seconds"] for seed in beyond[index])
+            for method, score in others:
+                seconds = every if method.startswith("ensemble") else trained
+                yield row(f"scored as {method}", score.loss, score.word_perplexity, seconds, best.loss - score.loss)
 
 
 def beyond_text(ours, best_single, adapting):
@@ -1802,7 +1811,7 @@ def beyond_headline(beyond, beyond_scores):
     """One table for the top of the report: the runs beyond the plan, the first seed of each."""
     rows = [row for group, (found, _) in zip(beyond, beyond_scores) for row in beyond_rows(group[0], found) if row[1] == group[0].final_split]
     return rows and "Beyond the plan, by settings alone (section 16):\n\n" + markdown_table(
-        ("data set", "split", "method", "nats a token", "half spread of seeds", "perplexity a word", "bits a byte"), rows)  # fmt: skip
+        ("data set", "split", "method", "nats a token", "mean of the seeds ± half their spread", "perplexity a word", "bits a byte"), rows)  # fmt: skip
 
 
 def headline_text(runs, scores, models, precision, preset, beyond=(), beyond_scores=()):

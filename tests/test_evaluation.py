@@ -359,8 +359,8 @@ METHODS = {
     "sliding": lambda model, data, words: helpers.token_nats(model, data, "test", 4),
     "words": lambda model, data, words: helpers.token_nats(model, data, "test", 4, words),
     "ensemble": lambda model, data, words: helpers.mixed(torch.stack([helpers.token_nats(m, data, "test", 4) for m in (model, model)])),
-    "dynamic": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01),
-    "dynamic among words": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, words),
+    "dynamic": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01)[0],
+    "dynamic among words": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, words)[1],
 }
 
 
@@ -382,12 +382,24 @@ def test_no_later_token_moves_an_earlier_score(lively, spelt, switches, method):
 def test_dynamic_evaluation_scores_first_and_learns_then(lively, spelt, switched):
     model = lively(len(LETTERS), block_size=16, scale=0.2, **switched)  # an eighth: 2 tokens
     weights = copy.deepcopy(model.state_dict())
-    still, learning = (helpers.dynamic_nats(model, spelt, "test", rate) for rate in (1e-12, 0.02))
-    static = helpers.token_nats(model, spelt, "test", 2)
+    words = helpers.word_tree(spelt, "cpu")
+    (still, within), (learning, _) = (helpers.dynamic_nats(model, spelt, "test", rate, words) for rate in (1e-12, 0.02))
+    static, static_within = (helpers.token_nats(model, spelt, "test", 2, tree) for tree in (None, words))
     assert torch.allclose(still, static, atol=1e-4), "without learning it is no sliding window"
+    assert torch.allclose(within, static_within, atol=1e-4), "among words it is no sliding window"
     assert torch.equal(learning[:2], still[:2]), "the first tokens were learnt from before they were scored"
     assert learning.mean() < static.mean() - 0.05, "nothing is learnt from a text of seven words"
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items()), "the model itself was changed"
+
+
+def test_cuda_dynamic_evaluation_equals_the_cpu_s(lively, spelt, cuda):
+    """On the card from the fourth eighth on as one graph; Adam without first moments steps by signs where it has seen little."""
+    model, words = lively(len(LETTERS), block_size=16, scale=0.2, pointer=True, rotary=True), helpers.word_tree(spelt, "cpu")
+    expected = helpers.dynamic_nats(model, spelt, "test", 1e-3, words)
+    found = helpers.dynamic_nats(model.to(cuda), spelt, "test", 1e-3, helpers.word_tree(spelt, cuda)).cpu()
+    assert torch.allclose(found, expected, atol=1e-3), (found - expected).abs().max()
+    still = helpers.dynamic_nats(model, spelt, "test", 1e-12).cpu()
+    assert (found[0] - still[0]).abs().max() > 1e-2, "nothing was learnt, so nothing was compared"
 
 
 # ------------------------------------------------------------------------------------------- the sensitivity study
