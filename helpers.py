@@ -12,6 +12,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -149,7 +150,7 @@ def choose_preset(name=None):
     modern = dict(rotary=True, qk_norm=True, squared_relu=True, rms_norm=True, bias=False, min_lr=1e-5, compile=True)
     beyond = (
         replace(full, **modern, pointer=True, batch_size=8, block_size=1024, dropout=0.35, learning_rate=6e-4, muon_factor=33.0,
-                max_iters=7500, warmup_iters=300, eval_interval=1250, eval_iters=25),
+                max_iters=9600, warmup_iters=300, eval_interval=1600, eval_iters=25),
         replace(full, **modern, batch_size=64, dropout=0.4, muon_factor=20.0, weight_decay=0.3, max_iters=2500, warmup_iters=100,
                 eval_interval=500, eval_iters=40),
     )  # fmt: skip
@@ -473,7 +474,8 @@ def split_words(data, split):
     begins = np.array([data.tokenizer.decode([token]).startswith(" ") for token in range(data.vocab_size)])
     tokens = np.asarray(data.splits[split])
     starts = np.flatnonzero(begins[tokens])
-    return [tuple(word.tolist()) for word in np.split(tokens, starts[starts > 0])]
+    edges, tokens = [0, *starts[starts > 0].tolist(), len(tokens)], tokens.tolist()
+    return [tuple(tokens[start:end]) for start, end in itertools.pairwise(edges)]
 
 
 def word_tree(data, device):
@@ -495,14 +497,14 @@ def word_tree(data, device):
     return WordTree(first.to(device), inner.to(device), ends.to(device), nodes, words)
 
 
-def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
+def dynamic_nats(model, data, split, rate, precision, words=None, n_tokens=None):
     """Nats of a split's tokens, or of its first `n_tokens`, by a copy of the model that learns as it reads.
 
     Dynamic evaluation (Krause et al. 2018): an eighth of a block is scored, then learnt from in one step of Adam
     without first moments, then the next eighth is read. So no token moves an earlier score. Returns (1, N): among
     all tokens; or (2, N): among all, and among those of `words`, a WordTree. Either way all are learnt from.
     """
-    device, block = next(model.parameters()).device, model.config.block_size
+    device, block = precision.device, model.config.block_size
     stride = max(1, block // 8)
     model = copy.deepcopy(model).eval()
     tokens = tokens_on(device, data.splits[split][:n_tokens], resident=True).long()
@@ -519,9 +521,10 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
         start = (begin - (block - stride)).clamp(min=0)
         scored = begin + torch.arange(stride, device=device)
         idx, rows = inputs[start + torch.arange(block, device=device)][None], scored - start
-        x = model.hidden(idx)
-        copies = model.copies(x, idx)
-        logits = model.head(x[0, rows], copies=copies and tuple(part[0, rows] for part in copies)).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision.dtype == torch.bfloat16):  # fp16 needs a scaler
+            x = model.hidden(idx)
+            copies = model.copies(x, idx)
+            logits = model.head(x[0, rows], copies=copies and tuple(part[0, rows] for part in copies)).float()
         losses = F.cross_entropy(logits, tokens[scored], reduction="none")
         among = [words.nats(logits.detach(), tokens[scored], places[scored])] if words else []
         nats.index_copy_(0, row, torch.stack([losses.detach(), *among])[None])
@@ -536,10 +539,10 @@ def dynamic_nats(model, data, split, rate, words=None, n_tokens=None):
     return nats.transpose(0, 1).flatten(1)[:, :length]
 
 
-def choose_rate(model, data, rates=(2e-5, 4e-5, 8e-5)):
+def choose_rate(model, data, precision, rates=(1e-5, 2e-5, 4e-5)):
     """The rate of dynamic evaluation with the least loss on the first eighth of the validation split."""
     n_tokens = len(data.splits["val"]) // 8
-    return min(rates, key=lambda rate: dynamic_nats(model, data, "val", rate, n_tokens=n_tokens).mean().item())
+    return min(rates, key=lambda rate: dynamic_nats(model, data, "val", rate, precision, n_tokens=n_tokens).mean().item())
 
 
 def score_baselines(data, split):
@@ -1423,23 +1426,23 @@ def train_seeds(data, settings, folder, color, precision, seeds, fresh=False):
     return runs
 
 
-def score_beyond(runs, device):
+def score_beyond(runs, precision):
     """Exact scores of runs that differ by their seed: a dict from method to {split: Scores}, and the dynamic rate.
 
     One Score a run by sliding windows; one of all by the mean of their probabilities; one of the first as it learns
     while it reads. Where the training split holds all words, also among these alone.
     """
-    data, models = runs[0].data, [run.load("best", device) for run in runs]
-    words, stride, scores = word_tree(data, device), runs[0].settings.sliding_stride, {}
+    data, models = runs[0].data, [run.load("best", precision.device) for run in runs]
+    words, stride, scores = word_tree(data, precision.device), runs[0].settings.sliding_stride, {}
     choices, splits = {"": None} | ({", among its words": words} if words else {}), [split for split in data.splits if split != "train"]
     for choice, tree in choices.items():
         for split in splits:
             nats = torch.stack([token_nats(model, data, split, stride, tree) for model in models])
             scores.setdefault(f"one model{choice}", {})[split] = [score_of(own, data, split) for own in nats]
             scores.setdefault(f"ensemble of {len(runs)}{choice}", {})[split] = [score_of(mixed(nats), data, split)]
-    rate = choose_rate(models[0], data)
+    rate = choose_rate(models[0], data, precision)
     for split in splits:
-        for choice, nats in zip(choices, dynamic_nats(models[0], data, split, rate, words), strict=True):
+        for choice, nats in zip(choices, dynamic_nats(models[0], data, split, rate, precision, words), strict=True):
             scores.setdefault(f"one model that learns as it reads{choice}", {})[split] = [score_of(nats, data, split)]
     return scores, rate
 

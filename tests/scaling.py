@@ -40,7 +40,7 @@ def plans(smoke):
     """What is measured: models with their batch a card, whole batches shared out, and the setting of the disk's row."""
     if smoke:
         return {"small model": (SMALL, 4)}, (SMALL, (2, 4)), replace(SMALL, batch_size=4), 1000
-    return {"the plan's model": (PLAN, 192), "124M parameters": (LARGE, 16)}, (PLAN, (12, 24, 48, 96, 192, 384, 768)), PLAN, 50257
+    return {"the plan's model": (PLAN, 192), "124M parameters": (LARGE, 16)}, (PLAN, (12, 24, 48, 96, 192, 384)), PLAN, 50257
 
 
 def project_step(settings, data, precision, resident=None):
@@ -82,7 +82,7 @@ def plain_step(settings, data, precision):
     return run
 
 
-def tokens_per_second(make, settings, data, precision, rounds=5, **options):
+def tokens_per_second(make, settings, data, precision, rounds=3, **options):
     """The median rate of all processes together, or None where the memory does not suffice."""
     try:
         run, steps = make(settings, data, precision, **options), settings.eval_interval

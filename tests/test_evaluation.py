@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import helpers
-from helpers import Precision, Score, estimate_loss, make_model, score_baselines, score_split, train_model
+from helpers import Precision, Score, choose_precision, estimate_loss, make_model, score_baselines, score_split, train_model
 
 CPU = Precision(torch.device("cpu"), torch.float32, "for tests")
 BLOCK = 12  # of the lively model
@@ -359,8 +359,8 @@ METHODS = {
     "sliding": lambda model, data, words: helpers.token_nats(model, data, "test", 4),
     "words": lambda model, data, words: helpers.token_nats(model, data, "test", 4, words),
     "ensemble": lambda model, data, words: helpers.mixed(torch.stack([helpers.token_nats(m, data, "test", 4) for m in (model, model)])),
-    "dynamic": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01)[0],
-    "dynamic among words": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, words)[1],
+    "dynamic": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, CPU)[0],
+    "dynamic among words": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, CPU, words)[1],
 }
 
 
@@ -383,7 +383,7 @@ def test_dynamic_evaluation_scores_first_and_learns_then(lively, spelt, switched
     model = lively(len(LETTERS), block_size=16, scale=0.2, **switched)  # an eighth: 2 tokens
     weights = copy.deepcopy(model.state_dict())
     words = helpers.word_tree(spelt, "cpu")
-    (still, within), (learning, _) = (helpers.dynamic_nats(model, spelt, "test", rate, words) for rate in (1e-12, 0.02))
+    (still, within), (learning, _) = (helpers.dynamic_nats(model, spelt, "test", rate, CPU, words) for rate in (1e-12, 0.02))
     static, static_within = (helpers.token_nats(model, spelt, "test", 2, tree) for tree in (None, words))
     assert torch.allclose(still, static, atol=1e-4), "without learning it is no sliding window"
     assert torch.allclose(within, static_within, atol=1e-4), "among words it is no sliding window"
@@ -395,11 +395,14 @@ def test_dynamic_evaluation_scores_first_and_learns_then(lively, spelt, switched
 def test_cuda_dynamic_evaluation_equals_the_cpu_s(lively, spelt, cuda):
     """On the card from the fourth eighth on as one graph; Adam without first moments steps by signs where it has seen little."""
     model, words = lively(len(LETTERS), block_size=16, scale=0.2, pointer=True, rotary=True), helpers.word_tree(spelt, "cpu")
-    expected = helpers.dynamic_nats(model, spelt, "test", 1e-3, words)
-    found = helpers.dynamic_nats(model.to(cuda), spelt, "test", 1e-3, helpers.word_tree(spelt, cuda)).cpu()
+    expected = helpers.dynamic_nats(model, spelt, "test", 1e-3, CPU, words)
+    model, words, half = model.to(cuda), helpers.word_tree(spelt, cuda), choose_precision(cuda)
+    found = helpers.dynamic_nats(model, spelt, "test", 1e-3, replace(half, dtype=torch.float32), words).cpu()
     assert torch.allclose(found, expected, atol=1e-3), (found - expected).abs().max()
-    still = helpers.dynamic_nats(model, spelt, "test", 1e-12).cpu()
+    still = helpers.dynamic_nats(model, spelt, "test", 1e-12, half).cpu()
     assert (found[0] - still[0]).abs().max() > 1e-2, "nothing was learnt, so nothing was compared"
+    found = helpers.dynamic_nats(model, spelt, "test", 1e-3, half, words).cpu()
+    assert torch.allclose(found.mean(1), expected.mean(1), atol=5e-3), f"{found.mean(1)} in {half.dtype}, {expected.mean(1)} in float32"
 
 
 # ------------------------------------------------------------------------------------------- the sensitivity study
