@@ -503,6 +503,7 @@ def dynamic_nats(model, data, split, rate, precision, words=None, n_tokens=None)
     Dynamic evaluation (Krause et al. 2018): an eighth of a block is scored, then learnt from in one step of Adam
     without first moments, then the next eighth is read. So no token moves an earlier score. Returns (1, N): among
     all tokens; or (2, N): among all, and among those of `words`, a WordTree. Either way all are learnt from.
+    Computed in bf16 where `precision` is, else in float32.
     """
     device, block = precision.device, model.config.block_size
     stride = max(1, block // 8)

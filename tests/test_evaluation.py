@@ -397,9 +397,10 @@ def test_cuda_dynamic_evaluation_equals_the_cpu_s(lively, spelt, cuda):
     model, words = lively(len(LETTERS), block_size=16, scale=0.2, pointer=True, rotary=True), helpers.word_tree(spelt, "cpu")
     expected = helpers.dynamic_nats(model, spelt, "test", 1e-3, CPU, words)
     model, words, half = model.to(cuda), helpers.word_tree(spelt, cuda), choose_precision(cuda)
-    found = helpers.dynamic_nats(model, spelt, "test", 1e-3, replace(half, dtype=torch.float32), words).cpu()
+    full = replace(half, dtype=torch.float32)
+    found = helpers.dynamic_nats(model, spelt, "test", 1e-3, full, words).cpu()
     assert torch.allclose(found, expected, atol=1e-3), (found - expected).abs().max()
-    still = helpers.dynamic_nats(model, spelt, "test", 1e-12, half).cpu()
+    still = helpers.dynamic_nats(model, spelt, "test", 1e-12, full).cpu()
     assert (found[0] - still[0]).abs().max() > 1e-2, "nothing was learnt, so nothing was compared"
     found = helpers.dynamic_nats(model, spelt, "test", 1e-3, half, words).cpu()
     assert torch.allclose(found.mean(1), expected.mean(1), atol=5e-3), f"{found.mean(1)} in {half.dtype}, {expected.mean(1)} in float32"
