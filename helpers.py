@@ -310,9 +310,10 @@ def own_share(starts):
 
 
 def nats_of(model, idx, targets, chosen=None, words=None, places=None):
-    """Cross-entropy in nats (N,) of the targets (B, T) behind windows `idx` (B, T): of all, or where `chosen` (B, T) is true.
+    """Cross-entropy in nats of the targets (B, T) behind windows `idx` (B, T): of all, or of the N where `chosen` (B, T) is true.
 
-    With `words`, among the tokens that may follow at `places` (B, T) in that tree of words.
+    Returns (1, N): among all tokens; or (2, N): among all, and among those that may follow at `places` (B, T) in the
+    tree `words`.
     """
     x = model.hidden(idx)
 
@@ -322,9 +323,10 @@ def nats_of(model, idx, targets, chosen=None, words=None, places=None):
     rows = [pick(part) for part in (x, targets, *(model.copies(x, idx) or ()))]
     if words is None:  # as many rows together as a card of a few GB holds logits for
         parts = zip(*(part.split(8192) for part in rows), strict=True)
-        return torch.cat([model.nats(states, wanted, copies or None) for states, wanted, *copies in parts])
+        return torch.cat([model.nats(states, wanted, copies or None) for states, wanted, *copies in parts])[None]
     parts = zip(*(part.split(2048) for part in (pick(places), *rows)), strict=True)
-    return torch.cat([words.nats(model.head(states, copies=copies or None).float(), wanted, at) for at, states, wanted, *copies in parts])
+    both = [words.both(model.head(states, copies=copies or None).float(), wanted, at) for at, states, wanted, *copies in parts]
+    return torch.cat(both, dim=1)
 
 
 @contextlib.contextmanager
@@ -381,9 +383,9 @@ class Score:
         return math.exp(self.nats / self.words) if self.words else None
 
 
-def score_split(model, data, split, stride=None, words=None):
+def score_split(model, data, split, stride=None):
     """Scores every token of a split exactly once, in float32; returns a Score. See `token_nats`."""
-    return score_of(token_nats(model, data, split, stride, words), data, split)
+    return score_of(token_nats(model, data, split, stride)[0], data, split)
 
 
 def score_of(nats, data, split):
@@ -391,11 +393,11 @@ def score_of(nats, data, split):
 
 
 def token_nats(model, data, split, stride=None, words=None):
-    """Nats (N,) of each of a split's tokens, in order.
+    """Nats of each of a split's tokens, in order: (1, N), among all tokens; or (2, N), among all, and among those of `words`.
 
     Without a stride, in non-overlapping blocks: a block's first token sees only the last token before it. With
     one, in windows that move on by `stride` tokens, so that each token sees at least block - stride others.
-    The split's first token is predicted from a line end. `words`, a WordTree, leaves only its words to choose from.
+    The split's first token is predicted from a line end. `words` is a WordTree.
     """
     device, block = next(model.parameters()).device, model.config.block_size
     tokens, windows = scoring_windows(data, split, block, stride, device)
@@ -404,7 +406,7 @@ def token_nats(model, data, split, stride=None, words=None):
         return torch.cat([
             nats_of(model, before, tokens_at(tokens, inside), scored, words, words and places[inside])
             for before, inside, scored in windows
-        ])  # fmt: skip
+        ], dim=1)  # fmt: skip
 
 
 def scoring_windows(data, split, block, stride, device):
@@ -468,6 +470,10 @@ class WordTree:
         total = torch.cat([within, between[:, None]], dim=1).logsumexp(1)
         return total - logits.gather(1, targets[:, None])[:, 0]
 
+    def both(self, logits, targets, places):
+        """Nats (2, N): among all tokens, which alone has a gradient, and among those that may come next."""
+        return torch.stack([F.cross_entropy(logits, targets, reduction="none"), self.nats(logits.detach(), targets, places)])
+
 
 def split_words(data, split):
     """A split's words, each a tuple of tokens."""
@@ -501,9 +507,9 @@ def dynamic_nats(model, data, split, rate, precision, words=None, n_tokens=None)
     """Nats of a split's tokens, or of its first `n_tokens`, by a copy of the model that learns as it reads.
 
     Dynamic evaluation (Krause et al. 2018): an eighth of a block is scored, then learnt from in one step of Adam
-    without first moments, then the next eighth is read. So no token moves an earlier score. Returns (1, N): among
-    all tokens; or (2, N): among all, and among those of `words`, a WordTree. Either way all are learnt from.
-    Computed in bf16 where `precision` is, else in float32.
+    without first moments, then the next eighth is read. So no token moves an earlier score. Returns what `token_nats`
+    does; with `words` or without, it is from the choice among all tokens that is learnt. Computed in bf16 where
+    `precision` is, else in float32.
     """
     device, block = precision.device, model.config.block_size
     stride = max(1, block // 8)
@@ -526,10 +532,9 @@ def dynamic_nats(model, data, split, rate, precision, words=None, n_tokens=None)
             x = model.hidden(idx)
             copies = model.copies(x, idx)
             logits = model.head(x[0, rows], copies=copies and tuple(part[0, rows] for part in copies)).float()
-        losses = F.cross_entropy(logits, tokens[scored], reduction="none")
-        among = [words.nats(logits.detach(), tokens[scored], places[scored])] if words else []
-        nats.index_copy_(0, row, torch.stack([losses.detach(), *among])[None])
-        (losses * (scored < length)).mean().backward()
+        losses = words.both(logits, tokens[scored], places[scored]) if words else F.cross_entropy(logits, tokens[scored], reduction="none")[None]
+        nats.index_copy_(0, row, losses.detach()[None])
+        (losses[0] * (scored < length)).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         row.add_(1)
@@ -541,8 +546,11 @@ def dynamic_nats(model, data, split, rate, precision, words=None, n_tokens=None)
 
 
 def choose_rate(model, data, precision, rates=(1e-5, 2e-5, 4e-5)):
-    """The rate of dynamic evaluation with the least loss on the first eighth of the validation split."""
-    n_tokens = len(data.splits["val"]) // 8
+    """The rate of dynamic evaluation with the least loss on the first quarter of the validation split.
+
+    Less would choose too high a rate: the longer the text, the lower the best one.
+    """
+    n_tokens = len(data.splits["val"]) // 4
     return min(rates, key=lambda rate: dynamic_nats(model, data, "val", rate, precision, n_tokens=n_tokens).mean().item())
 
 
@@ -1435,10 +1443,10 @@ def score_beyond(runs, precision):
     """
     data, models = runs[0].data, [run.load("best", precision.device) for run in runs]
     words, stride, scores = word_tree(data, precision.device), runs[0].settings.sliding_stride, {}
-    choices, splits = {"": None} | ({", among its words": words} if words else {}), [split for split in data.splits if split != "train"]
-    for choice, tree in choices.items():
-        for split in splits:
-            nats = torch.stack([token_nats(model, data, split, stride, tree) for model in models])
+    choices, splits = ("", ", among its words") if words else ("",), [split for split in data.splits if split != "train"]
+    for split in splits:
+        found = torch.stack([token_nats(model, data, split, stride, words) for model in models], dim=1)  # choices, models, tokens
+        for choice, nats in zip(choices, found, strict=True):
             scores.setdefault(f"one model{choice}", {})[split] = [score_of(own, data, split) for own in nats]
             scores.setdefault(f"ensemble of {len(runs)}{choice}", {})[split] = [score_of(mixed(nats), data, split)]
     rate = choose_rate(models[0], data, precision)
@@ -1463,12 +1471,15 @@ def complete(model, data, prompt, preset, precision, new_tokens=None, seed=1337)
     return data.tokenizer.decode(ids[0].tolist())
 
 
-def share_of_known_words(prompts, texts, data):
-    """The share of the words written after the prompts that the training text holds too."""
-    known = set(re.findall(r"[^\W\d_]+", data.tokenizer.decode(data.splits["train"])))
-    written = (text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True))
-    words = [word for text in written for word in re.findall(r"[^\W\d_]+", text)]
-    return sum(word in known for word in words) / max(1, len(words))
+def shares_of_known_words(prompts, texts_by_model, data):
+    """For each model's texts, the share of the words written after the prompts that the training text holds too."""
+    pattern = re.compile(r"[^\W\d_]+")
+    known = set(pattern.findall(data.tokenizer.decode(data.splits["train"])))
+    shares = []
+    for texts in texts_by_model:
+        words = [word for prompt, text in zip(prompts, texts, strict=True) for word in pattern.findall(text[len(prompt) :])]
+        shares.append(sum(word in known for word in words) / max(1, len(words)))
+    return shares
 
 
 def loss_by_position(model, data, split="val", blocks=400):

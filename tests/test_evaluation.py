@@ -105,7 +105,7 @@ def test_nats_do_not_depend_on_the_windows_together(lively):
     with torch.no_grad():
         expected = -model(idx, targets)[0].double().log_softmax(-1).gather(-1, targets[..., None]).flatten()
         for rows in (1, 7, 25):
-            found = torch.cat([helpers.nats_of(model, *part) for part in zip(idx.split(rows), targets.split(rows), strict=True)])
+            found = torch.cat([helpers.nats_of(model, *part) for part in zip(idx.split(rows), targets.split(rows), strict=True)], dim=1)[0]
             assert torch.allclose(found.double(), expected, atol=1e-5), f"{rows} windows together"
 
 
@@ -326,7 +326,7 @@ def replace_namespace(namespace, **values):
 
 def test_nats_among_words_equal_brute_force(lively, spelt):
     model, words = lively(len(LETTERS), pointer=True), helpers.word_tree(spelt, "cpu")
-    found = helpers.token_nats(model, spelt, "test", 4, words)
+    among_all, found = helpers.token_nats(model, spelt, "test", 4, words)
     plain, text = [], "".join(LETTERS[i] for i in spelt.splits["test"])
     inputs = [spelt.first_context, *spelt.splits["test"].tolist()]
     begun = ""
@@ -338,7 +338,8 @@ def test_nats_among_words_equal_brute_force(lively, spelt):
         plain.append(-(p[LETTERS.index(letter)] / sum(p[LETTERS.index(other)] for other in allowed)).log().item())
         begun = letter if letter == " " else begun + letter
     assert np.allclose(found.detach().numpy(), plain, atol=1e-5), np.abs(found.detach().numpy() - plain).max()
-    assert found.sum() < helpers.token_nats(model, spelt, "test", 4).sum(), "fewer to choose from cannot cost more"
+    assert torch.allclose(among_all, helpers.token_nats(model, spelt, "test", 4)[0], atol=1e-5), "the words moved what is among all tokens"
+    assert found.sum() < among_all.sum(), "fewer to choose from cannot cost more"
 
 
 def test_no_word_tree_where_a_split_has_a_word_of_its_own(spelt):
@@ -355,10 +356,10 @@ def test_an_ensemble_averages_probabilities():
 
 
 METHODS = {
-    "blocks": lambda model, data, words: helpers.token_nats(model, data, "test"),
-    "sliding": lambda model, data, words: helpers.token_nats(model, data, "test", 4),
-    "words": lambda model, data, words: helpers.token_nats(model, data, "test", 4, words),
-    "ensemble": lambda model, data, words: helpers.mixed(torch.stack([helpers.token_nats(m, data, "test", 4) for m in (model, model)])),
+    "blocks": lambda model, data, words: helpers.token_nats(model, data, "test")[0],
+    "sliding": lambda model, data, words: helpers.token_nats(model, data, "test", 4)[0],
+    "words": lambda model, data, words: helpers.token_nats(model, data, "test", 4, words)[1],
+    "ensemble": lambda model, data, words: helpers.mixed(torch.cat([helpers.token_nats(m, data, "test", 4) for m in (model, model)])),
     "dynamic": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, CPU)[0],
     "dynamic among words": lambda model, data, words: helpers.dynamic_nats(model, data, "test", 0.01, CPU, words)[1],
 }
@@ -384,7 +385,7 @@ def test_dynamic_evaluation_scores_first_and_learns_then(lively, spelt, switched
     weights = copy.deepcopy(model.state_dict())
     words = helpers.word_tree(spelt, "cpu")
     (still, within), (learning, _) = (helpers.dynamic_nats(model, spelt, "test", rate, CPU, words) for rate in (1e-12, 0.02))
-    static, static_within = (helpers.token_nats(model, spelt, "test", 2, tree) for tree in (None, words))
+    static, static_within = helpers.token_nats(model, spelt, "test", 2, words)
     assert torch.allclose(still, static, atol=1e-4), "without learning it is no sliding window"
     assert torch.allclose(within, static_within, atol=1e-4), "among words it is no sliding window"
     assert torch.equal(learning[:2], still[:2]), "the first tokens were learnt from before they were scored"
