@@ -393,6 +393,12 @@ def test_dynamic_evaluation_scores_first_and_learns_then(lively, spelt, switched
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items()), "the model itself was changed"
 
 
+def test_the_rate_of_dynamic_evaluation_is_the_best_on_validation(lively, spelt):
+    """No other split is there to read. One rate learns nothing, one forgets all."""
+    data = replace(spelt, splits={"val": np.tile(spelt.splits["train"], 2)})
+    assert helpers.choose_rate(lively(len(LETTERS), block_size=16, scale=0.2), data, CPU, rates=(1e-12, 0.02, 5.0)) == 0.02
+
+
 def test_cuda_dynamic_evaluation_equals_the_cpu_s(lively, spelt, cuda):
     """On the card from the fourth eighth on as one graph; Adam without first moments steps by signs where it has seen little."""
     model, words = lively(len(LETTERS), block_size=16, scale=0.2, pointer=True, rotary=True), helpers.word_tree(spelt, "cpu")
