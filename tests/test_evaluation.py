@@ -355,6 +355,11 @@ def test_an_ensemble_averages_probabilities():
     assert torch.allclose(helpers.mixed(-p.log()).exp(), 1 / p.double().mean(0), rtol=1e-5)
 
 
+def test_shares_of_known_words_leave_the_prompts_out(spelt):
+    prompts, good, bad = ("bb c", " a"), ("bb c ab cab", " a ba"), ("bb c ab bb", " a bb aab")
+    assert helpers.shares_of_known_words(prompts, (good, bad, prompts), spelt) == [1, 1 / 4, 0]
+
+
 METHODS = {
     "blocks": lambda model, data, words: helpers.token_nats(model, data, "test")[0],
     "sliding": lambda model, data, words: helpers.token_nats(model, data, "test", 4)[0],
@@ -385,7 +390,7 @@ def test_dynamic_evaluation_scores_first_and_learns_then(lively, spelt, switched
     weights = copy.deepcopy(model.state_dict())
     words = helpers.word_tree(spelt, "cpu")
     (still, within), (learning, _) = (helpers.dynamic_nats(model, spelt, "test", rate, CPU, words) for rate in (1e-12, 0.02))
-    static, static_within = helpers.token_nats(model, spelt, "test", 2, words)
+    (static,), (_, static_within) = (helpers.token_nats(model, spelt, "test", 2, tree) for tree in (None, words))
     assert torch.allclose(still, static, atol=1e-4), "without learning it is no sliding window"
     assert torch.allclose(within, static_within, atol=1e-4), "among words it is no sliding window"
     assert torch.equal(learning[:2], still[:2]), "the first tokens were learnt from before they were scored"
