@@ -1,9 +1,11 @@
 """A GPT language model: pre-norm Transformer decoder with tied embeddings (Radford et al. 2019).
 
-Parameter names and shapes are those of nanoGPT, so that checkpoints load both ways with `strict=True`.
-Shapes in comments: B sequences, T positions, C channels, H heads, D channels a head, V vocabulary, S cache slots.
+Parameter names and shapes are those of nanoGPT, so that its checkpoints load with `strict=True`.
+Shapes in comments: B sequences, T positions, C embedding width, H heads, D head dimension,
+V vocabulary, S slots of the KV cache, N rows of any kind.
 """
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -24,50 +26,60 @@ class GPTConfig:
     """The shape of a model. Raises ValueError for sizes that cannot be built."""
 
     vocab_size: int = 50257  # number of token ids
-    block_size: int = 256  # longest context, in tokens
-    n_layer: int = 6  # Transformer blocks
-    n_head: int = 6  # attention heads a block
-    n_embd: int = 384  # channels of the residual stream
-    dropout: float = 0.1  # probability, on embeddings, attention weights and block outputs
+    block_size: int = 256  # context length, in tokens
+    n_layer: int = 6  # Transformer layers
+    n_head: int = 6  # attention heads per layer
+    n_embd: int = 384  # embedding width
+    dropout: float = 0.1  # probability, on embeddings, attention weights and layer outputs
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
-    rotary: bool = False  # positions as turns of queries and keys (Su et al. 2021), instead of an embedding
-    qk_norm: bool = False  # queries and keys of unit mean square (Henry et al. 2020)
+    rotary: bool = False  # rotary position embedding (Su et al. 2021), not a learned one
+    qk_norm: bool = False  # RMS-normalised queries and keys (Henry et al. 2020)
     squared_relu: bool = False  # in place of GELU (So et al. 2021)
-    rms_norm: bool = False  # norms without mean and weights (Zhang and Sennrich 2019), in place of layer norms
-    pointer: bool = False  # the head may also copy a token of the context (Merity et al. 2016)
+    rms_norm: bool = False  # RMSNorm without gain (Zhang and Sennrich 2019), not layer norm
+    pointer: bool = False  # pointer-sentinel mixture over the context (Merity et al. 2016)
 
     def __post_init__(self):
         for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}: give a whole number of at least 1.")
+                raise ValueError(f"{field} is {getattr(self, field)}: give at least 1.")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: every head needs the same "
-                f"number of channels, so choose n_embd as a multiple of n_head."
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: every head needs "
+                "the same dimension, so choose n_embd as a multiple of n_head."
             )
-        if self.rotary and self.n_embd // self.n_head % 2:
+        if self.rotary and self.head_dim % 2:
             raise ValueError(
-                f"A head has {self.n_embd // self.n_head} channels: rotary positions turn them in pairs, so choose "
-                f"n_embd as an even multiple of n_head."
+                f"The head dimension is {self.head_dim}: rotary embedding rotates pairs, so choose "
+                "n_embd as an even multiple of n_head."
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: give a probability of at least 0 and below 1.")
+            raise ValueError(f"dropout is {self.dropout}: give at least 0 and below 1.")
+
+    @property
+    def head_dim(self):
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
 
 
-def turns(positions, channels):
-    """Cosines and sines (2, T, 1, D / 2) by which rotary embedding turns the channel pairs at positions (T,)."""
-    speeds = 10_000.0 ** -torch.linspace(0, 1, channels // 2, device=positions.device)
-    angles = positions[:, None, None].float() * speeds
+# ----- layers -----
+
+
+def rotary_angles(positions, head_dim):
+    """Cosines and sines (2, T, 1, D / 2) that rotate the pairs of channels at positions (T,)."""
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, head_dim // 2, device=positions.device)
+    angles = positions[:, None, None].float() * frequencies
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def turn(x, by):
-    """Turns channel pairs of x (B, T, H, D) by `turns`."""
-    (cos, sin), (a, b) = by, x.float().chunk(2, dim=-1)
+def apply_rotary(x, rotary):
+    """Rotates queries or keys (B, T, H, D) by `rotary_angles`."""
+    cos, sin = rotary
+    a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
-def norm(config):
+def make_norm(config):
+    """The normalisation layer of a config."""
     if config.rms_norm:
         return nn.RMSNorm(config.n_embd, elementwise_affine=False)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -78,91 +90,140 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.qk_norm = config.n_head, config.qk_norm
-        self.dropout = config.dropout
+        self.config = config
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, by=None, past=None):
+    def forward(self, x, rotary=None, kv_cache=None):
+        """Residual stream (B, T, C) to this layer's addition to it, of the same shape."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
-        if self.qk_norm or by is not None:
-            qkv = torch.stack([*(self.placed(part, by) for part in qkv[:, :, :2].unbind(2)), qkv[:, :, 2]], dim=2)
-        if past is None:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-            dropout = self.dropout if self.training else 0.0
+        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, -1)
+        if self.config.qk_norm or rotary is not None:
+            q, k, v = qkv.unbind(2)  # (B, T, H, D)
+            qkv = torch.stack([self._place(q, rotary), self._place(k, rotary), v], dim=2)
+        if kv_cache is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+            dropout = self.config.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            cache, positions, mask = past  # (B, S, 2, H, D), (T,), (T, S)
-            cache.index_copy_(1, positions, qkv[:, :, 1:])
-            k, v = cache.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
+            slots, positions, mask = kv_cache  # (B, S, 2, H, D), (T,), (T, S)
+            slots.index_copy_(1, positions, qkv[:, :, 1:])
+            k, v = slots.permute(2, 0, 3, 1, 4)  # (B, H, S, D)
             y = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
-    def placed(self, x, by):
-        """Queries or keys (B, T, H, D), normalised and turned to their positions."""
-        if self.qk_norm:
+    def _place(self, x, rotary):
+        if self.config.qk_norm:
             x = F.rms_norm(x, x.shape[-1:]).type_as(x)
-        return x if by is None else turn(x, by)
+        return x if rotary is None else apply_rotary(x, rotary)
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward network, four times as wide inside."""
+    """Position-wise feed-forward network with a hidden layer of four times the width."""
 
     def __init__(self, config):
         super().__init__()
-        self.squared_relu = config.squared_relu
+        self.activation = (lambda x: F.relu(x).square()) if config.squared_relu else F.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)
-        return self.dropout(self.c_proj(F.relu(x).square() if self.squared_relu else F.gelu(x)))
+        """Residual stream (B, T, C) to this layer's addition to it."""
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer block."""
+    """One pre-norm Transformer layer."""
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = norm(config)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = norm(config)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, by=None, past=None):
-        x = x + self.attn(self.ln_1(x), by, past)
+    def forward(self, x, rotary=None, kv_cache=None):
+        """Residual stream (B, T, C) to the next layer's."""
+        x = x + self.attn(self.ln_1(x), rotary, kv_cache)
         return x + self.mlp(self.ln_2(x))
 
 
+class PointerHead(nn.Module):
+    """Copies a token of the context: the pointer-sentinel mixture of Merity et al. (2016).
+
+    A token of the context is found by a key of the state at it plus one of the state before it, so
+    that a state can look for what once followed a state like itself.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.sentinel = nn.Linear(config.n_embd, 1)
+
+    def forward(self, x, kv_cache=None, positions=None):
+        """Probabilities of copying (B, T, S) and of the vocabulary (B, T), together 1, for states x."""
+        query, key, next_key = self.c_attn(x).chunk(3, dim=-1)
+        if kv_cache is None:
+            T = x.size(1)
+            keys = key + F.pad(next_key, (0, 0, 1, -1))
+            mask = x.new_full((T, T), -math.inf).triu(1)
+        else:
+            keys, mask = kv_cache.add_keys(key, next_key, positions), kv_cache.mask[positions]
+        scores = (query @ keys.mT).float() / math.sqrt(x.size(-1)) + mask
+        probs = torch.cat([scores, self.sentinel(x).float()], dim=-1).softmax(-1)
+        return probs[..., :-1], probs[..., -1]
+
+
+class KVCache:
+    """Keys and values of one context: a tensor (B, S, 2, H, D) per layer, and the causal mask (S, S).
+
+    With a pointer also the keys by which it finds tokens, (B, S + 1, C).
+    """
+
+    def __init__(self, config, batch_size, weight):
+        size, like = config.block_size, {"dtype": autocast_dtype(weight), "device": weight.device}
+        shape = (batch_size, size, 2, config.n_head, config.head_dim)
+        self.layers = [torch.zeros(shape, **like) for _ in range(config.n_layer)]
+        self.mask = torch.full((size, size), -math.inf, **like).triu(1)
+        if config.pointer:
+            self.keys = torch.zeros(batch_size, size + 1, config.n_embd, **like)
+
+    def add_keys(self, key, next_key, positions):
+        """Adds the pointer's keys (B, T, C) at and after positions (T,); returns all (B, S, C)."""
+        self.keys.index_copy_(1, positions + 1, next_key)
+        self.keys.index_add_(1, positions, key)
+        return self.keys[:, :-1]
+
+
+# ----- the model -----
+
+
 class GPT(nn.Module):
-    """The language model. `forward` gives logits and loss, `generate` continues a prompt."""
+    """The language model: called, it gives logits or the training loss; `generate` continues a prompt."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=norm(config),
-            )
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                **(
+                    {} if config.rotary else {"wpe": nn.Embedding(config.block_size, config.n_embd)}
+                ),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": make_norm(config),
+            }
         )
-        if config.rotary:
-            del self.transformer["wpe"]
-        if config.pointer:
-            self.pointer = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-            self.sentinel = nn.Linear(config.n_embd, 1)
+        self.pointer = PointerHead(config) if config.pointer else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied (Press and Wolf 2017)
         self.apply(self._init_weights)
-        if config.pointer:
-            nn.init.constant_(self.sentinel.bias, math.log(config.block_size) + 1)  # at first, copy little
-        # 2 * n_layer branches add into the residual stream; scaled so that its variance does not grow with depth
+        if config.pointer:  # copies little at first
+            nn.init.constant_(self.pointer.sentinel.bias, math.log(config.block_size) + 1)
+        # 2 * n_layer layers add to the residual stream: its variance must not grow with depth
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -175,22 +236,23 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; like nanoGPT's, without the position embedding unless `non_embedding=False`.
+        """Number of parameters, as nanoGPT counts: the position embedding only if asked for.
 
-        The token embedding counts, since the tied output layer uses it.
+        The token embedding always counts, since the tied output layer uses it.
         """
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding and not self.config.rotary else total
+        learned = non_embedding and not self.config.rotary
+        return total - self.transformer.wpe.weight.numel() if learned else total
 
-    def block_matrices(self):
-        """The weights of the blocks' linear layers: what Muon is for."""
+    def hidden_matrices(self):
+        """The weight matrices of the layers: what Muon is for."""
         return [parameter for parameter in self.transformer.h.parameters() if parameter.dim() == 2]
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, leave_out=()):
-        """AdamW (Loshchilov and Hutter 2019) in PyTorch's fused form; only matrices decay, not biases and norms.
+        """Fused AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only.
 
-        `learning_rate` may be a tensor, so that a captured step reads a rate that changes. What `leave_out`
-        holds, another optimizer moves.
+        `learning_rate` may be a tensor, so that a captured step reads a rate that changes.
+        `leave_out` holds parameters that another optimizer has.
         """
         others = {id(parameter) for parameter in leave_out}
         parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in others]
@@ -198,321 +260,269 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        capturable = device_type == "cuda"
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True, capturable=capturable)
+        options = {"fused": True, "capturable": device_type == "cuda"}
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **options)
 
-    def hidden(self, idx, cache=None, positions=None, blocks=None):
-        """Token ids (B, T) to the normalised residual stream (B, T, C).
+    def backbone(self, idx, kv_cache=None, positions=None):
+        """Token ids (B, T) to final states (B, T, C).
 
-        With a `cache` from `new_cache`, `positions` (T,) says where in the sequence the tokens stand.
+        With a KVCache, `positions` (T,) says where in the context the tokens stand.
         """
         if idx.size(1) > self.config.block_size:
             raise ValueError(
-                f"{idx.size(1)} tokens do not fit a block of {self.config.block_size}: crop the input to the block."
+                f"{idx.size(1)} tokens exceed the context of {self.config.block_size}: crop the input."
             )
-        # sparse: the gradient of the batch's few rows is added to the output layer's dense one, in place
-        x, by = F.embedding(idx, self.transformer.wte.weight, sparse=True), self.rotation(idx.size(1), positions)
-        if by is None:
-            x = x + (self.transformer.wpe.weight[: idx.size(1)] if positions is None else self.transformer.wpe(positions))
+        # sparse: the gradient of the batch's few rows is added to the output layer's dense one
+        x = F.embedding(idx, self.transformer.wte.weight, sparse=True)
+        where = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
+        rotary = rotary_angles(where, self.config.head_dim) if self.config.rotary else None
+        if rotary is None:
+            x = x + self.transformer.wpe(where)
         x = self.transformer.drop(x)
-        mask = None if cache is None else cache.mask[positions]
-        for layer, block in enumerate(blocks or self.transformer.h):
-            x = block(x, by, None if cache is None else (cache.layers[layer], positions, mask))
+        for layer, block in enumerate(self.transformer.h):
+            past = kv_cache and (kv_cache.layers[layer], positions, kv_cache.mask[positions])
+            x = block(x, rotary, past)
         return self.transformer.ln_f(x)
 
-    def rotation(self, length, positions=None):
-        """What rotary embedding turns the channels of the first `length` positions by, or of these; None without it."""
-        if not self.config.rotary:
-            return None
-        places = torch.arange(length, device=self.lm_head.weight.device) if positions is None else positions
-        return turns(places, self.config.n_embd // self.config.n_head)
-
     def output_weight(self):
-        """The output layer's matrix as `head` multiplies with it: on CUDA in autocast's type and aligned."""
-        return aligned(self.lm_head.weight) if self.lm_head.weight.is_cuda else self.lm_head.weight
+        """The output layer's matrix to multiply by: on CUDA in autocast's type and padded."""
+        return (
+            pad_vocab(self.lm_head.weight) if self.lm_head.weight.is_cuda else self.lm_head.weight
+        )
 
-    def head(self, x, weight=None, copies=None):
-        """Residual stream (..., C) to logits (..., V); `weight` may hold `output_weight()` from before.
+    def logits(self, x, weight=None, pointer=None, context=None):
+        """Logits (B, T, V) of states (B, T, C); `weight` is `output_weight()`, if made before.
 
-        With the `copies` of a pointer, the logits are logarithms of the probabilities of both ways together.
+        With the probabilities of a pointer into `context` (B, S), they are logarithms of the
+        mixture's probabilities.
         """
-        logits = F.linear(x, self.output_weight() if weight is None else weight)[..., : self.config.vocab_size]
-        if copies is None:
+        weight = self.output_weight() if weight is None else weight
+        logits = F.linear(x, weight)[..., : self.config.vocab_size]
+        if pointer is None:
             return logits
-        share, ids = copies
-        both = logits.float().softmax(-1) * share[..., -1:]
-        return both.scatter_add(-1, ids, share[..., :-1]).clamp(min=1e-30).log()
-
-    def copies(self, x, idx, cache=None, positions=None):
-        """What a pointer would copy: None without one, else shares (B, T, S + 1) and ids (B, T, S).
-
-        The shares sum to 1. The last is the sentinel's, that of the vocabulary; the others are those of the S
-        tokens of the context `idx` (B, S), none of them later than its row. A token is found by the state at it
-        and by the one before it.
-        """
-        if not self.config.pointer:
-            return None
-        query, at, after = self.pointer(x).chunk(3, dim=-1)
-        if cache is None:
-            keys, mask = at + F.pad(after, (0, 0, 1, -1)), x.new_full((x.size(1), x.size(1)), -math.inf).triu(1)
-        else:
-            keys, mask = cache.found_by(at, after, positions), cache.mask[positions]
-        scores = (query @ keys.mT).float() / math.sqrt(x.size(-1)) + mask
-        share = torch.cat([scores, self.sentinel(x).float()], dim=-1).softmax(-1)
-        return share, idx[:, None].expand(-1, x.size(1), -1)
-
-    def loss(self, idx, targets, blocks=None):
-        """Mean loss in nats a token, as `forward` gives it, without keeping logits that nobody reads.
-
-        Every target is an id here. `blocks` stand in for `transformer.h`: the same blocks, compiled.
-        """
-        x, weight = self.hidden(idx, blocks=blocks), self.lm_head.weight
-        copies, rows, wanted = self.copies(x, idx), x.flatten(0, 1), targets.flatten()
-        if x.is_cuda and fused_loss_obstacle() is None:
-            nats = FusedCrossEntropy.apply(rows, weight, wanted)
-        elif not x.is_cuda and self.config.vocab_size > 4096 and copies is None:  # fewer columns fit in the cache as they are
-            return ChunkedCrossEntropy.apply(rows, weight, wanted)
-        else:
-            nats = F.cross_entropy(self.head(rows).float(), wanted, reduction="none")
-        return with_copies(nats.view_as(targets), targets, copies).mean()
-
-    @torch.no_grad()
-    def nats(self, x, targets, copies=None):
-        """Cross-entropy in nats (N,) of residual streams (N, C) against targets (N,), for evaluation."""
-        if x.is_cuda and fused_loss_obstacle() is None:
-            nats = row_losses(F.linear(x, self.output_weight()), targets, self.config.vocab_size)[0]
-        elif not x.is_cuda:
-            chunks = logit_chunks(x, self.lm_head.weight, targets)
-            nats = torch.cat([F.cross_entropy(z, wanted, reduction="none") for z, wanted, _ in chunks])
-        else:
-            nats = F.cross_entropy(self.head(x).float(), targets, reduction="none")
-        return with_copies(nats, targets, copies)
+        copy_probs, gate = pointer
+        probs = logits.float().softmax(-1) * gate[..., None]
+        ids = context[:, None].expand_as(copy_probs)
+        return probs.scatter_add(-1, ids, copy_probs).clamp(min=1e-30).log()
 
     def forward(self, idx, targets=None):
-        """Token ids (B, T) and, if given, the next ids (B, T), -1 where none is to be predicted.
+        """Mean loss in nats of the targets (B, T) after ids (B, T); without targets, logits (B, T, V)."""
+        if targets is not None:
+            return self.token_losses(idx, targets, reduction="mean")
+        x = self.backbone(idx)
+        return self.logits(x, pointer=self.pointer and self.pointer(x), context=idx)
 
-        Returns logits (B, T, V) and the mean loss in nats a token; without targets the logits of the last
-        position alone (B, 1, V), and None.
+    def token_losses(self, idx, targets, chosen=None, reduction="none"):
+        """Losses in nats (N,) of the targets (B, T) after ids (B, T), one row after the other.
+
+        Logits that nobody reads are not kept. `chosen` (N,) indexes B * T targets; all by default.
         """
-        x = self.hidden(idx)
-        copies = self.copies(x, idx)
-        if targets is None:
-            return self.head(x[:, -1:], copies=last_of(copies)), None
-        logits = self.head(x, copies=copies)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    def new_cache(self, batch_size):
-        """Room for the keys and values of `batch_size` sequences of one block."""
-        return Cache(self.config, batch_size, self.lm_head.weight)
+        x, targets = self.backbone(idx), targets.flatten()
+        pointer = self.pointer and self.pointer(x)
+        rows = x.flatten(0, 1)
+        if chosen is not None:
+            rows, targets = rows[chosen], targets[chosen]
+        if pointer is None:
+            return vocab_losses(rows, self.lm_head.weight, targets, reduction)
+        copy_probs, gate = (part.flatten(0, 1) for part in pointer)  # (B * T, S), (B * T,)
+        context = idx[:, None].expand(-1, idx.size(1), -1).flatten(0, 1)
+        if chosen is not None:
+            copy_probs, gate, context = copy_probs[chosen], gate[chosen], context[chosen]
+        copied = (copy_probs * (context == targets[:, None])).sum(-1)
+        losses = vocab_losses(rows, self.lm_head.weight, targets)
+        losses = -(copied + gate * torch.exp(-losses)).clamp(min=1e-30).log()
+        return losses.mean() if reduction == "mean" else losses
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True):
-        """Continues the prompts `idx` (B, T) by `max_new_tokens` sampled tokens; returns (B, T + max_new_tokens).
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continues the prompts `idx` (B, T) by `max_new_tokens` samples; returns (B, T + new).
 
-        Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones (all, if k exceeds the
-        vocabulary). The context is cropped to the last block. Runs in eval mode and restores the mode.
-        Within the first block, keys and values are cached; past it every learned position shifts with each
-        token, so each token is computed from its whole window. Raises ValueError for an empty prompt, a token
-        id beyond the vocabulary, or senseless sampling settings.
+        Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones. Within the
+        first context keys and values are cached; past it every position shifts with each token, so
+        that each is computed from its whole window. Raises ValueError for an empty prompt, an id
+        beyond the vocabulary, or senseless sampling settings.
         """
-        self._check_prompt(idx, max_new_tokens, temperature, top_k)
-        was_training = self.training
-        self.eval()
-        try:
-            return self._generate(idx, max_new_tokens, Sampler(temperature, top_k, generator), use_cache)
-        finally:
-            self.train(was_training)
-
-    def _check_prompt(self, idx, max_new_tokens, temperature, top_k):
-        if idx.dim() != 2 or idx.size(1) == 0:
-            raise ValueError(f"The prompt has shape {tuple(idx.shape)}: give at least one token a sequence, (B, T).")
-        if idx.min() < 0 or idx.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"The prompt holds token id {idx.max() if idx.min() >= 0 else idx.min()}, beyond the model's "
-                f"vocabulary of {self.config.vocab_size}: encode it with the tokenizer of the model's data set."
-            )
-        if max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(
-                f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}: give counts of at "
-                f"least 0, a temperature of at least 0 and a top_k of at least 1 or None."
-            )
-
-    def _generate(self, idx, max_new_tokens, sample, use_cache):
+        idx = self._checked_prompt(idx, max_new_tokens, temperature, top_k)
         block, prompt = self.config.block_size, idx.size(1)
-        tokens = F.pad(idx, (0, max(max_new_tokens, block - prompt)))  # at least a block, filled from the left
-        last = torch.tensor([prompt - 1], device=idx.device)  # index of the newest token, on the device
+        tokens = F.pad(idx, (0, max(max_new_tokens, block - prompt)))  # at least one context
+        last = torch.tensor(
+            [prompt - 1], device=idx.device
+        )  # the newest token's place, on the device
         window = torch.arange(1 - block, 1, device=idx.device)
-        weight = self.output_weight()
+        kv_cache, weight = KVCache(self.config, len(idx), self.lm_head.weight), self.output_weight()
 
-        def append(logits):
-            tokens.index_copy_(1, last + 1, sample(logits))
+        def append(x, context, pointer):
+            pointer = pointer and tuple(part[:, -1:] for part in pointer)
+            logits = self.logits(x[:, -1:], weight, pointer, context)
+            tokens.index_copy_(1, last + 1, sample(logits[:, -1], temperature, top_k, generator))
             last.add_(1)
 
-        def from_cache(seen, positions):
-            x = self.hidden(seen, cache, positions)
-            copies = self.copies(x, tokens[:, :block], cache, positions)
-            append(self.head(x[:, -1:], weight, last_of(copies)))
+        def from_cache(new, positions):
+            x = self.backbone(new, kv_cache, positions)
+            append(x, tokens[:, :block], self.pointer and self.pointer(x, kv_cache, positions))
 
         def from_window():
-            seen = tokens.index_select(1, last + window)
-            x = self.hidden(seen)
-            append(self.head(x[:, -1:], weight, last_of(self.copies(x, seen))))
+            context = tokens.index_select(1, last + window)
+            x = self.backbone(context)
+            append(x, context, self.pointer and self.pointer(x))
 
-        cached = min(max_new_tokens, block - prompt + 1) if use_cache else 0
-        if cached > 0:
-            cache = self.new_cache(idx.size(0))
-            from_cache(idx, torch.arange(prompt, device=idx.device))
-            replay(lambda: from_cache(tokens.index_select(1, last), last), cached - 1, idx.device, sample.generator)
-        known, wanted = prompt + max(cached, 0), prompt + max_new_tokens
-        for length in range(known, min(block, wanted)):  # without a cache each length up to the block comes once
-            append(self(tokens[:, :length])[0])
-        replay(from_window, wanted - max(known, min(block, wanted)), idx.device, sample.generator)
+        with evaluating(self):
+            cached = max(0, min(max_new_tokens, block - prompt + 1))
+            if cached:
+                from_cache(idx, torch.arange(prompt, device=idx.device))
+                step = functools.partial(lambda: from_cache(tokens.index_select(1, last), last))
+                repeat(step, cached - 1, idx.device, generator)
+            repeat(from_window, max_new_tokens - cached, idx.device, generator)
         return tokens[:, : prompt + max_new_tokens]
 
+    def _checked_prompt(self, idx, max_new_tokens, temperature, top_k):
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(
+                f"The prompt has shape {tuple(idx.shape)}: give (B, T), both at least 1."
+            )
+        if idx.is_floating_point() or idx.min() < 0 or idx.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"The prompt's ids run from {idx.min().item()} to {idx.max().item()}, the model's "
+                f"vocabulary from 0 to {self.config.vocab_size - 1}: use the data set's tokenizer."
+            )
+        counts = (max_new_tokens, 1 if top_k is None else top_k - 1)
+        if (
+            not all(isinstance(n, int) and n >= 0 for n in counts)
+            or not 0 <= temperature < math.inf
+        ):
+            raise ValueError(
+                f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}: give a "
+                "count of at least 0, a number of at least 0, and a count of at least 1 or None."
+            )
+        return idx.long()
 
-def with_copies(nats, targets, copies):
-    """Nats (...) of targets (...) by the vocabulary, and, where there is a pointer, by its copies too."""
-    if copies is None:
-        return nats
-    share, ids = copies
-    copied = (share[..., :-1] * (ids == targets[..., None])).sum(-1)
-    return -(copied + share[..., -1] * torch.exp(-nats)).clamp(min=1e-30).log()
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode, no gradients and no compiled layers; the mode is restored afterwards."""
+    was_training = model.training
+    compiled = any(module._compiled_call_impl for module in model.modules())
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    model.eval()
+    try:
+        with torch.no_grad(), eager:
+            yield
+    finally:
+        model.train(was_training)
 
 
-def last_of(copies):
-    return copies and tuple(part[:, -1:] for part in copies)
+def sample(logits, temperature, top_k, generator):
+    """Draws token ids (B, 1) from logits (B, V), without waiting for the device."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    ids = None
+    if top_k is not None and top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k, sorted=False)
+    # the largest logit / temperature - log(e), e ~ Exp(1), is a draw from their softmax (Gumbel's
+    # trick); torch.multinomial would make the host wait
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log_()
+    drawn = torch.sub(logits, noise, alpha=temperature).argmax(-1, keepdim=True)
+    return drawn if ids is None else ids.gather(-1, drawn)
+
+
+# ----- the optimizer of the hidden matrices -----
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan et al. 2024), with decoupled decay, for matrices (rows, columns).
+    """Orthogonalised momentum (Jordan et al. 2024) with decoupled weight decay, for matrices.
 
-    PyTorch's own Muon reads the rate on the host, so no CUDA graph can hold its step, and takes matrix after
-    matrix; this one takes those of a size together. `lr` is a tensor on the matrices' device, and `factor` says
-    how much higher their rate is. Queries, keys and values count as three matrices.
+    PyTorch's own Muon reads the learning rate on the host, which no CUDA graph can hold. `lr` is a
+    tensor on the matrices' device; `lr_scale` says how much higher their rate is. A layer's
+    queries, keys and values count as three matrices.
     """
 
-    _step_supports_amp_scaling = True  # so that a scaler does not ask the device for a value
+    found_inf = None  # set by a gradient scaler: such a step leaves everything as it is
 
-    def __init__(self, matrices, lr, factor, weight_decay, momentum=0.95):
-        super().__init__(matrices, dict(lr=lr, factor=factor, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, matrices, lr, lr_scale, weight_decay, momentum=0.95):
+        options = {"lr": lr, "lr_scale": lr_scale, "weight_decay": weight_decay}
+        super().__init__(matrices, options | {"momentum": momentum})
 
     @torch.no_grad()
     def step(self):
+        """Takes one step."""
         (group,) = self.param_groups
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-        gradients, momenta = [m.grad for m in matrices], [self.state[m]["momentum"] for m in matrices]
-        overflow = getattr(self, "found_inf", None)
-        if overflow is not None:  # fp16: such a step leaves everything as it is
-            gradients = [torch.where(overflow > 0, momentum, g) for g, momentum in zip(gradients, momenta)]
+        gradients = [matrix.grad for matrix in matrices]
+        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        lr = group["lr"] * group["lr_scale"]
+        if self.found_inf is not None:
+            pairs = zip(gradients, momenta, strict=True)
+            gradients = [torch.where(self.found_inf > 0, m, g) for g, m in pairs]
+            lr = lr * (self.found_inf == 0)
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-        rate = group["lr"] * group["factor"]
-        if overflow is not None:
-            rate = rate * (overflow == 0)
-        torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
-        by_size = {}
-        for matrix, direction in zip(matrices, ahead, strict=True):
-            pieces = wide(direction)
-            higher = max(1, matrix.size(0) / matrix.size(1) / len(pieces)) ** 0.5  # rate of a tall matrix
-            by_size.setdefault(pieces.shape[1:], []).append((wide(matrix), pieces, higher))
-        for parts in by_size.values():
-            targets, pieces, factors = zip(*parts, strict=True)
-            updates = orthogonal(torch.cat(pieces)).split([len(piece) for piece in pieces])
-            for target, update, higher in zip(targets, updates, factors, strict=True):
-                target.sub_(update * (rate * higher))
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        by_shape = {}
+        for matrix, direction in zip(matrices, nesterov, strict=True):
+            by_shape.setdefault(matrix.shape, []).append((matrix, direction))
+        for pairs in by_shape.values():
+            self._update(*zip(*pairs, strict=True), lr)
+
+    def _update(self, matrices, directions, lr):
+        """Moves matrices of one shape along their orthogonalised directions."""
+        parts = [_wide(direction) for direction in directions]
+        updates = newton_schulz(torch.cat(parts)).split([len(part) for part in parts])
+        rows, columns = matrices[0].shape
+        lr = lr * max(1, rows / columns / len(parts[0])) ** 0.5  # a tall matrix moves further
+        for matrix, update in zip(matrices, updates, strict=True):
+            _wide(matrix).sub_(update * lr)
 
 
-def wide(matrix):
-    """Views (n, rows, columns) of a matrix with at most as many rows as columns: three squares, or one transposed."""
+def _wide(matrix):
+    """Views (n, rows, columns), rows <= columns, of a matrix: three squares, or it, or its transpose."""
     rows, columns = matrix.shape
     if rows == 3 * columns:
         return matrix.view(3, columns, columns)
     return matrix[None] if rows <= columns else matrix.t()[None]
 
 
-def orthogonal(matrices):
+def newton_schulz(matrices):
     """Matrices (n, rows, columns), rows <= columns, with all singular values brought near 1.
 
-    Five Newton-Schulz steps with the coefficients of Jordan et al. (2024); in bf16 on CUDA.
+    Five Newton-Schulz steps with the coefficients of Jordan et al. (2024); in bfloat16 on CUDA.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
     return x.to(matrices.dtype)
 
 
-class Cache:
-    """Keys and values of one block: a tensor (B, S, 2, H, D) a layer, and the causal mask (S, S) to add to scores.
+# ----- CUDA graphs -----
 
-    With a pointer also what its tokens are found by, (B, S + 1, C).
+
+class CUDAGraphed:
+    """Calls `step` again and again; on CUDA, after `warmup` calls, as one captured graph.
+
+    `step` takes and returns nothing: it reads and writes tensors that stay where they are, and
+    never asks the device for a value. The first calls run eagerly, do real work and warm up what
+    capture needs. Where capture fails, `recover` is called, `reason` says why, and every call stays
+    eager: the results are the same, only slower.
     """
 
-    def __init__(self, config, batch_size, weight):
-        dtype = computing_dtype(weight)
-        size, heads = config.block_size, config.n_head
-        shape = (batch_size, size, 2, heads, config.n_embd // heads)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.n_layer)]
-        self.mask = torch.full((size, size), -math.inf, dtype=dtype, device=weight.device).triu(1)
-        if config.pointer:
-            self.found = torch.zeros(batch_size, size + 1, config.n_embd, dtype=dtype, device=weight.device)
-
-    def found_by(self, at, after, positions):
-        """Adds the pointer's keys of new positions (T,), `at` them and `after` them (B, T, C); returns all (B, S, C)."""
-        self.found.index_copy_(1, positions + 1, after)
-        self.found.index_add_(1, positions, at)
-        return self.found[:, :-1]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Draws the next token (B, 1) from logits (B, 1, V), without waiting for the device."""
-
-    temperature: float
-    top_k: int | None
-    generator: torch.Generator | None
-
-    def __call__(self, logits):
-        logits = logits[:, -1]
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        if self.top_k is None or self.top_k >= logits.size(-1):
-            return self.draw(logits)
-        logits, ids = logits.topk(self.top_k, sorted=False)
-        return ids.gather(-1, self.draw(logits))
-
-    def draw(self, logits):
-        # the largest logit / temperature - log(e) with e ~ Exp(1) is a draw from their softmax (Gumbel's trick);
-        # torch.multinomial would make the host wait
-        waits = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=self.generator)
-        return torch.sub(logits, waits.log_(), alpha=self.temperature).argmax(-1, keepdim=True)
-
-
-class GraphedStep:
-    """Calls `step` again and again; on CUDA, from the fourth call on, as one captured graph.
-
-    `step` takes and returns nothing: it reads and writes tensors that stay where they are, and never asks the
-    device for a value. The first calls run eagerly, do real work and warm up what capture needs. Where capture
-    fails, `reason` says why and every call stays eager: the results are the same, only slower.
-    """
-
-    def __init__(self, step, enabled, generator=None, warmup=3, recover=lambda: None):
-        self.step, self.enabled, self.generator, self.warmup, self.recover = step, enabled, generator, warmup, recover
-        self.stream = torch.cuda.Stream() if self.enabled else None
+    def __init__(self, step, enabled, generator=None, warmup=3, recover=None):
+        self.step, self.enabled, self.generator = step, enabled, generator
+        self.warmup, self.recover = warmup, recover
+        self.stream = torch.cuda.Stream() if enabled else None
         self.graph, self.reason = None, None
 
     def __call__(self):
-        if not self.enabled:
-            return self.step()
-        if self.graph is None and self.warmup <= 0:
+        if self.enabled and self.graph is None and self.warmup <= 0:
             self._capture()
         if self.graph is not None:
             return self.graph.replay()
-        if not self.enabled:  # the capture has just failed
+        if not self.enabled:
             return self.step()
         self.warmup -= 1
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -531,85 +541,77 @@ class GraphedStep:
         except RuntimeError as error:
             self.enabled, self.reason = False, str(error).splitlines()[0]
             torch.cuda.synchronize()
-            self.recover()
+            if self.recover:
+                self.recover()
 
 
-def replay(step, times, device, generator=None):
+def repeat(step, times, device, generator=None, warmup=0):
     """Runs `step` so many times, as a CUDA graph where that is possible and pays."""
-    graphed = GraphedStep(step, enabled=device.type == "cuda" and times > 8, generator=generator, warmup=0)
+    graphed = CUDAGraphed(step, device.type == "cuda" and times > 8, generator, warmup)
     for _ in range(times):
         graphed()
 
 
+# ----- cross-entropy over a large vocabulary -----
 
-# Cross-entropy over a large vocabulary is bound by memory: PyTorch's own writes the logits and copies of them in
-# float32. On a CPU the two classes of it below stay in the cache; on CUDA they read each row once for the loss, and
+# It is bound by memory: PyTorch's own writes the logits, and copies of them in float32. On a CPU a
+# few rows at a time stay in the cache; on CUDA two kernels read each row once for the loss, and
 # once more to overwrite it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
 
 
-def computing_dtype(weight):
-    """The type in which a product with `weight` is computed: autocast's on CUDA where it is on, else its own."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+def autocast_dtype(weight):
+    """The type of a product with `weight`: autocast's on CUDA where it is on, else its own."""
+    on = weight.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if on else weight.dtype
 
 
-def aligned(weight):
+def pad_vocab(weight):
     """A matrix (V, C) in autocast's type, with zero rows up to a multiple of 64.
 
     Tensor cores multiply several times slower where rows of the product begin at odd addresses.
     """
     rows, columns = weight.shape
-    padded = torch.zeros(rows + -rows % 64, columns, dtype=computing_dtype(weight), device=weight.device)
+    dtype = autocast_dtype(weight)
+    padded = torch.zeros(rows + -rows % 64, columns, dtype=dtype, device=weight.device)
     padded[:rows] = weight
     return padded
 
 
-def logit_chunks(x, weight, targets):
-    """A few rows at a time, in one buffer: logits of x (N, C) by weight (V, C), targets (N,), and the rows' slice."""
-    rows = max(64, 2**22 // len(weight))
-    logits = x.new_empty(min(rows, len(x)), len(weight))
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
-        yield torch.mm(x[part], weight.t(), out=logits[: len(x[part])]), targets[part], part
+def vocab_losses(x, weight, targets, reduction="none"):
+    """Cross-entropy of x (N, C) by weight (V, C) against targets (N,): (N,), or their mean."""
+    if torch.is_grad_enabled():
+        return _vocab_losses(x, weight, targets, reduction)
+    chunk = 8192 if x.is_cuda else 128  # as many logits as fit in a small GPU, or in a CPU's cache
+    pairs = zip(x.split(chunk), targets.split(chunk), strict=True)
+    losses = torch.cat([_vocab_losses(part, weight, wanted, "none") for part, wanted in pairs])
+    return losses.mean() if reduction == "mean" else losses
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean loss of `x @ weight.T` against targets, x (N, C), weight (V, C), targets (N,), a few rows at a time.
-
-    The gradients are made in the forward pass, while a chunk's logits are in the cache.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(weight)
-        total = x.new_zeros(())
-        for z, wanted, part in logit_chunks(x, weight, targets):
-            place = torch.arange(len(z), device=x.device), wanted
-            total += (torch.logsumexp(z, dim=1) - z[place]).sum()
-            torch.softmax(z, dim=1, out=z)
-            z[place] -= 1.0
-            torch.mm(z, weight, out=x_gradient[part])
-            weight_gradient.addmm_(z.t(), x[part])
-        ctx.save_for_backward(x_gradient, weight_gradient)
-        return total / len(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x_gradient, weight_gradient = ctx.saved_tensors
-        scale = gradient / len(x_gradient)
-        return x_gradient * scale, weight_gradient * scale, None
+def _vocab_losses(x, weight, targets, reduction):
+    if x.is_cuda and fused_loss_obstacle() is None:
+        losses = FusedCrossEntropy.apply(x, weight, targets)
+        return losses.mean() if reduction == "mean" else losses
+    chunked = hasattr(nn, "LinearCrossEntropyOptions")  # not yet in PyTorch 2.11
+    if chunked and reduction == "mean" and not x.is_cuda and len(weight) > 4096:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=128)
+        return F.linear_cross_entropy(x, weight, targets, options=options)
+    logits = F.linear(x, pad_vocab(weight) if x.is_cuda else weight)[:, : len(weight)]
+    return F.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
 if triton is not None:
 
     @triton.jit
     def _row_loss(logits, targets, losses, normalisers, columns, width, BLOCK: tl.constexpr):
-        """One program a row: the logarithm of the sum of exponentials in one pass, then the loss."""
+        """One program a row: the log of the sum of exponentials in one pass, then the loss."""
         row = tl.program_id(0).to(tl.int64)
-        largest = tl.full([BLOCK], -1e30, tl.float32)  # running maximum and sum, one of each a lane
+        largest = tl.full([BLOCK], -1e30, tl.float32)  # running maximum and sum of each lane
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+            z = tl.load(logits + row * width + column, mask=column < width, other=0.0).to(
+                tl.float32
+            )
             z = tl.where(column < columns, z, -float("inf"))
             e = tl.exp(-tl.abs(z - largest))
             total = tl.where(z > largest, total * e + 1, total + e)
@@ -622,59 +624,59 @@ if triton is not None:
 
     @triton.jit
     def _row_gradient(logits, targets, normalisers, scales, columns, width, BLOCK: tl.constexpr):
-        """Overwrites logits by the row's scale * (softmax - one-hot target), and what pads a row by zero."""
+        """Overwrites logits by scale * (softmax - one-hot target), and a row's padding by zero."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         place = logits + row * width + column
         z = tl.load(place, mask=column < width, other=0.0).to(tl.float32)
         z = tl.where(column < columns, z, -float("inf"))
-        gradient = tl.exp(z - tl.load(normalisers + row)) - tl.where(column == tl.load(targets + row), 1.0, 0.0)
-        tl.store(place, (tl.load(scales + row) * gradient).to(logits.dtype.element_ty), mask=column < width)
-
-
-def row_losses(logits, targets, columns):
-    """Losses (N,) of logits (N, V or more) over their first `columns`, and each row's log of the sum of exponentials."""
-    losses, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    width = logits.size(1)
-    _row_loss[(len(logits),)](logits, targets, losses, normalisers, columns, width, BLOCK=4096, num_warps=8)
-    return losses, normalisers
+        one_hot = tl.where(column == tl.load(targets + row), 1.0, 0.0)
+        gradient = (tl.exp(z - tl.load(normalisers + row)) - one_hot) * tl.load(scales + row)
+        tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Losses (N,) of `x @ weight.T` against targets, x (N, C), weight (V, C), targets (N,), in autocast's type.
+    """Losses (N,) of `x @ weight.T` against targets (N,), x (N, C), weight (V, C), on CUDA.
 
-    Backward once: it overwrites the logits by their gradient.
+    In autocast's type. Backward runs once: it overwrites the logits by their gradient.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        padded = aligned(weight)
+        """The losses; keeps the logits for `backward`."""
+        padded = pad_vocab(weight)
         states = x.to(padded.dtype)
         logits = states @ padded.t()
-        losses, normalisers = row_losses(logits, targets, len(weight))
+        rows, width = logits.shape
+        losses, normalisers = torch.empty(2, rows, device=x.device)
+        sizes = (len(weight), width)
+        _row_loss[(rows,)](logits, targets, losses, normalisers, *sizes, BLOCK=4096, num_warps=8)
         ctx.save_for_backward(states, padded, targets, logits, normalisers)
         ctx.columns, ctx.dtypes = len(weight), (x.dtype, weight.dtype)
         return losses
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, scales):
+        """Gradients of x and weight for those of the losses (N,)."""
         states, padded, targets, logits, normalisers = ctx.saved_tensors
         rows, width = logits.shape
-        grid = (rows, triton.cdiv(width, 4096))
-        _row_gradient[grid](logits, targets, normalisers, gradient.contiguous(), ctx.columns, width, BLOCK=4096, num_warps=8)
+        grid, sizes = (rows, triton.cdiv(width, 4096)), (ctx.columns, width)
+        scales = scales.contiguous()
+        _row_gradient[grid](logits, targets, normalisers, scales, *sizes, BLOCK=4096, num_warps=8)
         weight_gradient = (logits.t() @ states)[: ctx.columns]
         return (logits @ padded).to(ctx.dtypes[0]), weight_gradient.to(ctx.dtypes[1]), None
 
 
 @functools.cache
 def fused_loss_obstacle():
-    """Why the fused loss cannot run on this machine's card; None if it can."""
+    """Why the fused loss cannot run on this machine's GPU; None if it can."""
     if triton is None:
         return "Triton is not installed"
-    try:  # compiles both kernels, which needs a C compiler and a card of capability 7.0 or later
+    try:  # compiles both kernels, which needs a C compiler and a GPU of capability 7.0 or later
         with torch.enable_grad():
-            x, weight = (torch.zeros(rows, 16, device="cuda", requires_grad=True) for rows in (2, 60))
-            FusedCrossEntropy.apply(x, weight, torch.zeros(2, dtype=torch.int64, device="cuda")).sum().backward()
+            x, weight = (torch.zeros(n, 16, device="cuda", requires_grad=True) for n in (2, 60))
+            targets = torch.zeros(2, dtype=torch.int64, device="cuda")
+            FusedCrossEntropy.apply(x, weight, targets).sum().backward()
         torch.cuda.synchronize()
     except Exception as error:  # compilers fail in many ways
         return f"{type(error).__name__} from Triton"

@@ -1,1 +1,1 @@
-"""The data sets: where their bytes come from (fetch), how they are made (prepare) and read (dataset)."""
+"""Preparation of the data sets, and batches of their tokens; see README.md beside this file."""

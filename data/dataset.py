@@ -1,5 +1,6 @@
-"""A prepared data set: its tokens as memory maps, its tokenizer, and the counts that metrics divide by."""
+"""A prepared data set: its tokens as memory maps, its tokenizer, and what metrics divide by."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -10,19 +11,42 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from data.fetch import DataError, fetch_gpt2
+from data.fetch import DataError, fetch_gpt2, reason, sha256_of
 
-FORMAT = 1                      # of meta.json and the .bin files; raised when either changes its meaning
-DTYPE = np.dtype("<u2")         # uint16, little-endian on every machine
-CHUNK = 1 << 22                 # tokens checked at a time, so that a large set is never whole in memory
+FORMAT = 1  # of meta.json and the .bin files; raised when either changes its meaning
+DTYPE = np.dtype("<u2")  # uint16, little-endian on every machine
 
 
-# --- Tokenizers: encode(text) -> list of ids, decode(ids) -> text, vocab_size, name -------------------------
+# ----- tokenizers -----
 
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken; its two files are looked for under `root` when first needed."""
-    name = "gpt2"
-    vocab_size = 50257
+
+class Tokenizer:
+    """Text to ids and back: `encode(text)` gives a list of ids, `decode(ids)` the text."""
+
+    name: str  # as in meta.json
+    unit: str  # what one id stands for
+    vocab_size: int
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as a uint16 array (N,)."""
+        return np.array(self.encode(text), dtype=DTYPE)
+
+    def checked(self, ids) -> list[int]:
+        """Ids of any sequence as ints; ValueError for one outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        outside = [i for i in ids if not 0 <= i < self.vocab_size]
+        if outside:
+            raise ValueError(
+                f"Token id {outside[0]} is outside the vocabulary of the {self.name} tokenizer, "
+                f"which ends at {self.vocab_size - 1}: decode only its own ids."
+            )
+        return ids
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding by tiktoken; its files are sought under `root` when needed."""
+
+    name, unit, vocab_size = "gpt2", "token", 50257
 
     def __init__(self, root: Path):
         self.root = root
@@ -36,94 +60,81 @@ class GPT2Tokenizer:
         """Ids of the text as it stands: "<|endoftext|>" in it is text, not a special token."""
         return self.encoding.encode_ordinary(text)
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as a uint16 array (N,), without the list in between."""
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(DTYPE)
+
     def decode(self, ids) -> str:
-        """Text of the ids; bytes that are no whole character become U+FFFD. ValueError for an unknown id."""
-        return self.encoding.decode(checked(ids, self))
+        """Text of the ids; bytes that are no whole character become U+FFFD."""
+        return self.encoding.decode(self.checked(ids))
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One id a character: its position in `chars`."""
-    name = "char"
+
+    name, unit = "char", "character"
 
     def __init__(self, chars: str):
-        self.chars = chars
+        self.chars, self.vocab_size = chars, len(chars)
         self.ids = {char: i for i, char in enumerate(chars)}
         if not chars or len(self.ids) != len(chars):
-            raise ValueError("The alphabet of a CharTokenizer must hold one character or more, each once.")
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.chars)
+            raise ValueError("A CharTokenizer needs one or more characters, each once.")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the characters; ValueError names those that the alphabet lacks."""
         unknown = sorted(set(text) - self.ids.keys())
         if unknown:
             named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-            raise ValueError(f"The text holds {named}, which this data set's alphabet of {len(self.chars)} "
-                             f"characters lacks; write it with these only: {self.chars[:100]!r}.")
+            raise ValueError(
+                f"The text holds {named}, which this data set's alphabet of {len(self.chars)} "
+                f"characters lacks: write it with these only: {self.chars[:100]!r}."
+            )
         return [self.ids[char] for char in text]
 
     def decode(self, ids) -> str:
-        """Text of the ids; ValueError for an unknown id."""
-        return "".join(self.chars[i] for i in checked(ids, self))
+        """Text of the ids."""
+        return "".join(self.chars[i] for i in self.checked(ids))
 
 
-class ByteTokenizer:
-    """One id a byte of the UTF-8 text: needs no files, and knows every character."""
-    name = "bytes"
-    vocab_size = 256
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the UTF-8 bytes."""
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids) -> str:
-        """Text of the ids; bytes that are no whole character become U+FFFD. ValueError for an unknown id."""
-        return bytes(checked(ids, self)).decode("utf-8", errors="replace")
+# ----- the data set -----
 
 
-Tokenizer = GPT2Tokenizer | CharTokenizer | ByteTokenizer
+class Splits(dict):
+    """Token ids (N,), read-only uint16 memory maps, under "train", "val" and perhaps "test"."""
 
+    def __missing__(self, name):
+        raise ValueError(f"There is no split {name!r}: choose one of {', '.join(self)}.")
 
-def checked(ids, tokenizer: Tokenizer) -> list[int]:
-    """The ids (list, array or tensor of one dimension) as ints; ValueError for one outside the vocabulary."""
-    ids = [int(i) for i in ids]
-    outside = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
-    if outside:
-        raise ValueError(f"Token id {outside[0]} is outside the vocabulary of the {tokenizer.name} "
-                         f"tokenizer, which ends at {tokenizer.vocab_size - 1}; decode only its own ids.")
-    return ids
-
-
-# --- The data set -------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One prepared set.
+    """One prepared set."""
 
-    splits: token ids as read-only uint16 memory maps of shape (tokens,), under "train", "val" and, where
-        there is one, "test".
-    bytes, words: per split, the text's UTF-8 bytes, and its words plus one end-of-line a line, as the
-        literature counts them.
-    fingerprint: names tokens and vocabulary; a checkpoint that carries another one belongs to other data.
-    meta: all of meta.json.
-    """
     name: str
     title: str
     stand_in: bool
     folder: Path
-    splits: dict[str, np.memmap]
+    splits: Splits
     vocab_size: int
     tokenizer: Tokenizer
-    bytes: dict[str, int]
-    words: dict[str, int]
-    fingerprint: str
-    meta: dict[str, Any]
+    bytes: dict[str, int]  # per split, of its UTF-8 text
+    words: dict[str, int]  # per split, including one <eos> a line, as the literature counts
+    fingerprint: str  # names tokens and vocabulary: a checkpoint with another is of other data
+    meta: dict[str, Any]  # all of meta.json
 
     @property
-    def first_context(self) -> int:
-        """The id from which a split's first token is predicted: a line end, or id 0 if the alphabet has none."""
+    def unit(self) -> str:
+        """What one id stands for: token or character."""
+        return self.tokenizer.unit
+
+    @property
+    def final_split(self) -> str:
+        """The split that final figures are of: test where there is one, else val."""
+        return "test" if "test" in self.splits else "val"
+
+    @property
+    def bos_id(self) -> int:
+        """The id before a split's first token: a line end, or id 0 if the alphabet has none."""
         try:
             return self.tokenizer.encode("\n")[0]
         except ValueError:
@@ -131,45 +142,53 @@ class Dataset:
 
 
 def load(folder: Path | str) -> Dataset:
-    """Open a prepared folder; DataError says which file is missing, damaged or foreign, and what to do."""
+    """Open a prepared folder; DataError says which file is missing or damaged, and what to do."""
     folder = Path(folder)
-    meta = read_meta(folder)
-    entries = meta["splits"]
+    meta = _read_meta(folder)
+    entries = meta["splits"].items()
     return Dataset(
-        name=meta["name"], title=meta["title"], stand_in=meta["stand_in"], folder=folder,
-        splits={split: open_split(folder / entry["file"], entry, meta["vocab_size"])
-                for split, entry in entries.items()},
+        name=meta["name"],
+        title=meta["title"],
+        stand_in=meta["stand_in"],
+        folder=folder,
+        splits=Splits({split: _open_split(folder, entry, meta) for split, entry in entries}),
         vocab_size=meta["vocab_size"],
-        tokenizer=make_tokenizer(meta, folder),
-        bytes={split: entry["bytes"] for split, entry in entries.items()},
-        words={split: entry["words"] for split, entry in entries.items()},
-        fingerprint=fingerprint(meta),
-        meta=meta)
+        tokenizer=_make_tokenizer(meta, folder),
+        bytes={split: entry["bytes"] for split, entry in entries},
+        words={split: entry["words"] for split, entry in entries},
+        fingerprint=_fingerprint(meta),
+        meta=meta,
+    )
 
 
-META_TYPES = {"format": int, "name": str, "title": str, "stand_in": bool, "variant": str, "source": str,
-              "source_sha256": dict, "licence": str, "split_rule": str, "tokenizer": str, "vocab_size": int,
-              "dtype": str, "splits": dict}
-SPLIT_TYPES = {"file": str, "tokens": int, "bytes": int, "words": int, "lines": int, "sha256": str}
+TEXTS = ("name", "title", "variant", "source", "licence", "split_rule", "tokenizer", "dtype")
+META_TYPES = dict.fromkeys(TEXTS, str) | {
+    "format": int,
+    "vocab_size": int,
+    "stand_in": bool,
+    "source_sha256": dict,
+    "splits": dict,
+}
+COUNTS = ("tokens", "bytes", "words", "lines")
+SPLIT_TYPES = {"file": str, "sha256": str} | dict.fromkeys(COUNTS, int)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a prepared folder, with every field that `load` uses checked for type and sense."""
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a prepared folder, with every field that `load` uses checked."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist, so no data is prepared: run data/prepare.py, "
-                        "or data/own.py for a text of your own.") from None
+        raise DataError(f"{path} does not exist: prepare the data with data/prepare.py.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, f"is not readable JSON ({error})") from error
-    check_fields(path, meta, META_TYPES)
+        raise unusable(path, error, f"is not readable JSON ({reason(error)})") from error
+    _check_fields(path, meta, META_TYPES)
     if meta["format"] != FORMAT or meta["dtype"] != "uint16":
-        raise damaged(path, f"has format {meta['format']} in {meta['dtype']}, not {FORMAT} in uint16")
+        raise damaged(path, f"has format {meta['format']} in {meta['dtype']}, not {FORMAT}")
     if not {"train", "val"} <= meta["splits"].keys():
         raise damaged(path, "lacks the split train or val")
     for entry in meta["splits"].values():
-        check_fields(path, entry, SPLIT_TYPES)
+        _check_fields(path, entry, SPLIT_TYPES)
         if Path(entry["file"]).name != entry["file"]:
             raise damaged(path, f"names the file {entry['file']!r} outside its own folder")
         if min(entry["tokens"], entry["bytes"], entry["words"]) < 1:
@@ -177,32 +196,28 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def check_fields(path: Path, record: Any, types: dict[str, type]) -> None:
-    """DataError unless `record` is a dict whose fields have exactly these types (a bool is no int here)."""
+def _check_fields(path: Path, record: Any, types: dict[str, type]) -> None:
+    """DataError unless `record` is a dict of fields of exactly these types (a bool is no int)."""
     record = record if isinstance(record, dict) else {}
     wrong = [field for field, kind in types.items() if type(record.get(field)) is not kind]
     if wrong:
         raise damaged(path, f"lacks {', '.join(wrong)} or has the wrong type there")
 
 
-def open_split(path: Path, entry: dict[str, Any], vocab_size: int) -> np.memmap:
-    """The tokens of one split, shape (tokens,), once its size, its largest id and its sum are right."""
-    needed = entry["tokens"] * DTYPE.itemsize
+def _open_split(folder: Path, entry: dict[str, Any], meta: dict[str, Any]) -> np.memmap:
+    """The tokens (N,) of one split, once its size, its sum and its largest id are right."""
+    path, needed = folder / entry["file"], entry["tokens"] * DTYPE.itemsize
     try:
         size = path.stat().st_size
         if size != needed:
             raise damaged(path, f"has {size} bytes, its {entry['tokens']} tokens need {needed}")
-        tokens = np.memmap(path, dtype=DTYPE, mode="r")
+        digest, tokens = sha256_of(path), np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
-        raise damaged(path, f"cannot be read ({error.strerror or error})") from error
-    digest = hashlib.sha256()
-    for start in range(0, len(tokens), CHUNK):
-        part = tokens[start:start + CHUNK]
-        digest.update(part)
-        if part.max() >= vocab_size:
-            raise damaged(path, f"holds the token id {part.max()}, its vocabulary ends at {vocab_size - 1}")
-    if digest.hexdigest() != entry["sha256"]:
-        raise damaged(path, f"has SHA-256 {digest.hexdigest()}, meta.json says {entry['sha256']}")
+        raise unusable(path, error, f"cannot be read ({reason(error)})") from error
+    if digest != entry["sha256"]:
+        raise damaged(path, f"has SHA-256 {digest}, meta.json says {entry['sha256']}")
+    if tokens.max() >= meta["vocab_size"]:
+        raise damaged(path, f"holds the id {tokens.max()}, the vocabulary {meta['vocab_size']} ids")
     return tokens
 
 
@@ -211,24 +226,27 @@ def damaged(path: Path, what: str) -> DataError:
     return DataError(f"{path} {what}: delete the folder {path.parent} and prepare the data again.")
 
 
-def make_tokenizer(meta: dict[str, Any], folder: Path) -> Tokenizer:
+def unusable(path: Path, error: Exception, what: str) -> DataError:
+    """The error for a file that may not be read, or else is damaged."""
+    if isinstance(error, PermissionError):
+        return DataError(f"{path} may not be read: change its permissions, or its folder's.")
+    return damaged(path, what)
+
+
+def _make_tokenizer(meta: dict[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer that meta.json names; GPT-2's files lie beside the prepared folder."""
-    tokenizer = None
-    if meta["tokenizer"] == "gpt2":
-        tokenizer = GPT2Tokenizer(folder.parent)
-    elif meta["tokenizer"] == "bytes":
-        tokenizer = ByteTokenizer()
-    elif meta["tokenizer"] == "char" and isinstance(meta.get("chars"), str):
-        chars = meta["chars"]
-        tokenizer = CharTokenizer(chars) if chars and len(set(chars)) == len(chars) else None
+    tokenizer = GPT2Tokenizer(folder.parent) if meta["tokenizer"] == "gpt2" else None
+    if meta["tokenizer"] == "char":
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            tokenizer = CharTokenizer(meta["chars"])
     if tokenizer is None or tokenizer.vocab_size != meta["vocab_size"]:
-        raise damaged(folder / "meta.json",
-                      f"names no usable tokenizer ({meta['tokenizer']!r} with {meta['vocab_size']} ids)")
+        named = f"({meta['tokenizer']!r} with {meta['vocab_size']} ids)"
+        raise damaged(folder / "meta.json", f"names no usable tokenizer {named}")
     return tokenizer
 
 
-def fingerprint(meta: dict[str, Any]) -> str:
+def _fingerprint(meta: dict[str, Any]) -> str:
     """16 hexadecimal digits over the tokenizer, its vocabulary and the sums of all splits."""
-    parts = [meta["tokenizer"], meta["vocab_size"], meta.get("chars", ""),
-             sorted((split, entry["sha256"]) for split, entry in meta["splits"].items())]
+    sums = sorted((split, entry["sha256"]) for split, entry in meta["splits"].items())
+    parts = [meta["tokenizer"], meta["vocab_size"], meta.get("chars", ""), sums]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

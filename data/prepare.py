@@ -1,311 +1,507 @@
 """Make the data sets: text in, .bin files of uint16 token ids and a meta.json out.
 
-    python data/prepare.py wikitext2            WikiText-2 v1 in GPT-2 BPE, to data/wikitext2
-    python data/prepare.py wikitext2 --raw      the raw variant, to data/wikitext2_raw
-    python data/prepare.py shakespeare_char     Tiny Shakespeare by character, to data/shakespeare_char
-    python data/prepare.py all                  the first and the third
+    python data/prepare.py wikitext2                 WikiText-2 in GPT-2 BPE, to data/wikitext2
+    python data/prepare.py shakespeare_char          Tiny Shakespeare by character
+    python data/prepare.py all                       both
+    python data/prepare.py notes.txt                 your own text in GPT-2 BPE, to data/notes
+    python data/prepare.py "letters/*.md" --char --name letters
+
+A text streams through memory a piece at a time, so that its size does not matter.
 """
 
 import argparse
+import contextlib
+import glob
 import hashlib
 import json
+import os
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, islice
 from pathlib import Path
+from pydoc_data.topics import topics
 
-import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
 
-if __name__ == "__main__":      # run as a script, sys.path starts at this folder instead of the one above
+if __name__ == "__main__":  # run as a script, sys.path starts at this folder, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.dataset import (DTYPE, FORMAT, ByteTokenizer, CharTokenizer, Dataset, GPT2Tokenizer, Tokenizer,
-                          load)
-from data.fetch import (GPT2_FILES, SHAKESPEARE, WIKITEXT2, WIKITEXT2_RAW, DataError, Source, Unavailable,
-                        WrongBytes, fetch, fetch_gpt2, replacing, zip_member)
+from data.dataset import FORMAT, CharTokenizer, Dataset, GPT2Tokenizer, Tokenizer, load
+from data.fetch import (
+    GPT2_FILES,
+    SHAKESPEARE,
+    WIKITEXT2,
+    DataError,
+    Source,
+    Unavailable,
+    WrongBytes,
+    atomic_write,
+    fetch,
+    fetch_gpt2,
+    reason,
+)
 
 ROOT = Path(__file__).resolve().parent
-NAMES = ("wikitext2", "shakespeare_char")
-MEMBER_LIMIT = 32 << 20         # bytes; the largest file in the raw zip has 11 million
+PIECE = 1 << 20  # bytes read at a time, and about what is encoded at a time
+LONGEST = 1 << 25  # characters without a blank that GPT-2's encoding can hold in memory
+LAST_VISIBLE = re.compile(r"(?s).*\S(?=[ \n])")  # up to the last place where `_pieces` may cut
 
-# Another count than these means another text or another tokenizer than the published figures have.
+# Another count than these means another text or tokenizer than the published figures have.
 TOKENS = {
     "wikitext2": {"train": 2_448_382, "val": 258_659, "test": 295_877},
-    "wikitext2_raw": {"train": 2_428_601, "val": 251_048, "test": 287_644},
     "shakespeare_char": {"train": 1_003_854, "val": 111_540},
 }
-WIKITEXT_LICENCE = "CC BY-SA 3.0 and GFDL (Wikipedia contributors; collected by Merity et al. 2016)"
-OWN_SPLITS = "the files' own train, validation and test parts"
+NAMES = tuple(TOKENS)
+TAKEN = (*NAMES, "shakespeare", "stand_in_gpt2", "stand_in_char", "raw", "gpt2_cache", "all")
 
 
-@dataclass(frozen=True)
-class Split:
-    """The text of one split, with its words plus one end-of-line a line, and its lines."""
-    text: str
-    words: int
-    lines: int
+def prepare(name: str, *, allow_stand_in: bool = False, root: Path | str = ROOT) -> Dataset:
+    """The set `name` ("wikitext2" or "shakespeare_char"), made under `root` if it is not there.
 
-
-def prepare(name: str, *, variant: str = "v1", allow_stand_in: bool = False,
-            root: Path | str = ROOT) -> Path:
-    """Prepare the set `name` ("wikitext2" or "shakespeare_char") under `root` and return its folder.
-
-    A set that is there and intact is used as it is; a damaged one is made again. `variant` is "v1" or, for
-    WikiText-2 only, "raw". Where the real bytes cannot be had, `allow_stand_in` gives a folder with the
-    Python manual instead, whose meta.json says so; without it, and for a mirror with wrong bytes, DataError.
+    A damaged set is made again. Where the real bytes cannot be had, `allow_stand_in` gives the
+    Python manual instead, and the set says so; without it, or for a mirror with wrong bytes,
+    DataError.
     """
     if name not in NAMES:
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(NAMES)}.")
-    if variant not in ("v1", "raw") or (variant, name) == ("raw", "shakespeare_char"):
-        raise ValueError(f"{name} has no variant {variant!r}: choose v1, or raw for wikitext2.")
     root = Path(root)
-    folder = root / (name if variant == "v1" else "wikitext2_raw")
-    damage = find_damage(folder)
-    if damage is None and (folder / "meta.json").exists():
-        return folder
-    make, sources = recipe(name, variant)
+    folder = root / name
+    make = _make_wikitext2 if name == "wikitext2" else _make_shakespeare
     try:
-        make(folder, root)
+        return _open_or_make(folder, lambda: make(folder, root))
     except Unavailable as error:
-        if damage:
-            raise DataError(f"{damage} (It cannot be made again now: {error}.)") from error
+        if (folder / "meta.json").exists():
+            text = f"{folder} is damaged and cannot be made again now, since {error}."
+            raise DataError(text) from error
         if not allow_stand_in:
-            raise Unavailable(refusal(folder.name, sources, root, error)) from error
-        return prepare_stand_in(name, root)
-    return folder
+            raise Unavailable(_refusal(name, root, error)) from error
+    return _stand_in(name, root)
 
 
-def find_damage(folder: Path) -> str | None:
-    """What makes a prepared folder unusable; None if it is intact, or if there is none."""
-    if not (folder / "meta.json").exists():     # written last: without it, a preparation was not finished
-        return None
+def prepare_text(
+    source: Path | str, name: str | None = None, tokenizer: str = "gpt2", root: Path | str = ROOT
+) -> Dataset:
+    """A set made of your own text under `root`, or the one that is there if its text is the same.
+
+    `source` is a UTF-8 file, a folder (all files in it and below, hidden ones left out) or a glob
+    pattern; files follow one another by path, each but the last ended by a line end. `tokenizer`
+    is "gpt2" or "char". The set is called `name`, or else after the source; another own text of
+    this name is replaced. ValueError for a name or tokenizer that cannot be; DataError for a text
+    that is missing, empty, too short, not UTF-8, or changing.
+    """
+    if tokenizer not in ("gpt2", "char"):
+        raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
+    root = Path(root)
+    folder = root / _set_name(source, name, tokenizer)
+    files = _find_files(source)
+    digest, chars, length = _survey(files)
+
+    def is_same(data: Dataset) -> bool:
+        if data.meta["variant"] != "own":
+            raise DataError(f"{folder} holds another kind of set: choose another name.")
+        return _is_of(data, {"text": digest}, tokenizer)
+
+    def make() -> None:
+        made = _alphabet(chars) if tokenizer == "char" else _gpt2_tokenizer(root)
+        facts = {
+            "title": folder.name,
+            "variant": "own",
+            "source": Path(source).name,
+            "source_sha256": {"text": digest},
+            "licence": "not stated",
+            "split_rule": "contiguous: 90% of the characters train, the rest validates; cut after the "
+            "first blank line from there on, else after a line, else there",
+        }
+        texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
+        write_set(folder, texts, made, facts)
+
+    return _open_or_make(folder, make, is_same)
+
+
+def _open_or_make(
+    folder: Path, make: Callable[[], None], wanted: Callable[[Dataset], bool] = lambda data: True
+) -> Dataset:
+    """The set in `folder` if it is intact and wanted; else it is made, by one process at a time."""
+    data = _intact(folder)
+    if data is not None and wanted(data):
+        return data
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            data = _intact(folder)  # another process may have made it meanwhile
+            if data is None or not wanted(data):
+                make()
+    except OSError as error:
+        text = f"{folder} cannot be written ({reason(error)}): make it writable."
+        raise DataError(text) from error
+    return load(folder)
+
+
+def _intact(folder: Path) -> Dataset | None:
     try:
         data = load(folder)
-    except DataError as error:
-        return str(error)
-    if data.name != folder.name:
-        return f"{folder} holds the set {data.name}: delete the folder and prepare the data again."
-    return None
+    except DataError:
+        return None
+    return data if data.name == folder.name else None
 
 
-def recipe(name: str, variant: str):
-    """The function that makes a set from its raw files, and those files."""
-    if name == "shakespeare_char":
-        return make_shakespeare, (SHAKESPEARE,)
-    if variant == "raw":
-        return make_wikitext2_raw, (WIKITEXT2_RAW, *GPT2_FILES)
-    return make_wikitext2, (*WIKITEXT2.values(), *GPT2_FILES)
+# ----- the sets -----
 
 
-def refusal(name: str, sources: tuple[Source, ...], root: Path, error: Exception) -> str:
-    """The sentence that says which files to put where."""
-    files = ", ".join(source.path for source in sources)
-    return (f"{name} cannot be prepared: put {files} under {root / 'raw'}, or set DATA_MIRROR to a folder or "
-            f"address that holds them under these names, since {error}.")
-
-
-# --- The sets -----------------------------------------------------------------------------------------------
-
-def make_wikitext2(folder: Path, root: Path) -> None:
+def _make_wikitext2(folder: Path, root: Path) -> None:
     """WikiText-2 v1: each file's exact text in GPT-2 BPE, `<unk>` and blank lines included."""
     found = {split: fetch(source, root / "raw") for split, source in WIKITEXT2.items()}
-    splits = {split: count(read_text(path)) for split, (path, _) in found.items()}
-    facts = dict(title="WikiText-2", variant="v1", licence=WIKITEXT_LICENCE, split_rule=OWN_SPLITS,
-                 **provenance(WIKITEXT2.values(), (origin for _, origin in found.values())))
-    write_set(folder, splits, GPT2Tokenizer(root), facts)
+    facts = {
+        "title": "WikiText-2",
+        "variant": "v1",
+        "licence": "CC BY-SA 3.0 and GFDL (Wikipedia contributors; collected by Merity et al. 2016)",
+        "split_rule": "the files' own train, validation and test parts",
+        "source": ", ".join(sorted({origin for _, origin in found.values()})),
+        "source_sha256": {source.path: source.sha256 for source in WIKITEXT2.values()},
+    }
+    texts = ((split, path.read_bytes().decode()) for split, (path, _) in found.items())
+    write_set(folder, texts, GPT2Tokenizer(root), facts)
 
 
-def make_wikitext2_raw(folder: Path, root: Path) -> None:
-    """WikiText-2 raw: the files' rows joined by blank lines, in GPT-2 BPE."""
-    path, origin = fetch(WIKITEXT2_RAW, root / "raw")
-    facts = dict(title="WikiText-2 raw", variant="raw", licence=WIKITEXT_LICENCE, split_rule=OWN_SPLITS,
-                 **provenance([WIKITEXT2_RAW], [origin]))
-    write_set(folder, raw_splits(path.read_bytes()), GPT2Tokenizer(root), facts)
-
-
-def make_shakespeare(folder: Path, root: Path) -> None:
+def _make_shakespeare(folder: Path, root: Path) -> None:
     """Tiny Shakespeare by character: the first 90% of the characters train, the rest validates."""
     path, origin = fetch(SHAKESPEARE, root / "raw")
-    text = read_text(path)
-    cut = len(text) * 9 // 10
-    facts = dict(title="Tiny Shakespeare", variant="char", licence="public domain",
-                 split_rule="contiguous: the first 90% of the characters train, the rest validates",
-                 **provenance([SHAKESPEARE], [origin]))
-    write_set(folder, {"train": count(text[:cut]), "val": count(text[cut:])}, alphabet(text), facts)
+    text = path.read_bytes().decode()
+    facts = {
+        "title": "Tiny Shakespeare",
+        "variant": "char",
+        "licence": "public domain",
+        "split_rule": "contiguous: the first 90% of the characters train, the rest validates",
+        "source": origin,
+        "source_sha256": {SHAKESPEARE.path: SHAKESPEARE.sha256},
+    }
+    write_set(folder, _divide(text, {"train": 90, "val": 10}), _alphabet(text), facts)
 
 
-def prepare_stand_in(name: str, root: Path) -> Path:
+def _stand_in(name: str, root: Path) -> Dataset:
     """The Python manual in place of a set: never under that set's folder, name or title."""
-    folder = root / ("stand_in_char" if name == "shakespeare_char" else "stand_in_gpt2")
-    text = manual()
-    if name == "shakespeare_char":
-        tokenizer, unit, shares = alphabet(text), "characters", {"train": 90, "val": 10}
-    else:
-        tokenizer, unit, shares = *bpe_or_bytes(root), {"train": 80, "val": 10, "test": 10}
-    rule = " / ".join(f"{split} {share}%" for split, share in shares.items())
-    facts = dict(title=f"stand-in: Python manual (pydoc topics), {unit}", variant="stand-in", stand_in=True,
-                 licence="Python Software Foundation License", source="pydoc_data.topics of this Python",
-                 source_sha256={"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()},
-                 split_rule=f"contiguous, cut at a line's end: {rule}")
-    if not is_same(folder, tokenizer, facts):
-        write_set(folder, cut_at_lines(text, shares), tokenizer, facts)
-    return folder
+    text = "\n\n".join(topics[key].strip("\n") for key in sorted(topics)) + "\n"
+    folder, tokenizer, percent = root / "stand_in_char", _alphabet(text), {"train": 90, "val": 10}
+    if name == "wikitext2":
+        folder, percent = root / "stand_in_gpt2", {"train": 80, "val": 10, "test": 10}
+        with contextlib.suppress(Unavailable):  # without its files, by character as well
+            tokenizer = _gpt2_tokenizer(root)
+    facts = {
+        "title": f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}",
+        "variant": "stand-in",
+        "stand_in": True,
+        "licence": "Python Software Foundation License",
+        "source": "pydoc_data.topics of this Python",
+        "source_sha256": {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()},
+        "split_rule": f"contiguous, percent of the characters: {percent}",
+    }
+    return _open_or_make(
+        folder,
+        lambda: write_set(folder, _divide(text, percent), tokenizer, facts),
+        lambda data: _is_of(data, facts["source_sha256"], tokenizer.name),
+    )
 
 
-def bpe_or_bytes(root: Path) -> tuple[Tokenizer, str]:
-    """GPT-2's BPE where its files can be had, else bytes, with the unit's name for the title."""
+def _is_of(data: Dataset, source_sha256: dict[str, str], tokenizer: str) -> bool:
+    return (data.meta["source_sha256"], data.tokenizer.name) == (source_sha256, tokenizer)
+
+
+def _gpt2_tokenizer(root: Path) -> GPT2Tokenizer:
+    """GPT-2's tokenizer, once its files are there. Unavailable says which to put where."""
     try:
         fetch_gpt2(root)
-        return GPT2Tokenizer(root), "GPT-2 BPE"
-    except Unavailable:
-        return ByteTokenizer(), "bytes"
+    except Unavailable as error:
+        text = _refusal("The text", root, error, GPT2_FILES)
+        raise Unavailable(f"{text} By character it needs no files.") from error
+    return GPT2Tokenizer(root)
 
 
-def is_same(folder: Path, tokenizer: Tokenizer, facts: dict) -> bool:
-    """Whether an intact stand-in of this very text and tokenizer is there already."""
-    if find_damage(folder) or not (folder / "meta.json").exists():
-        return False
-    meta = load(folder).meta
-    return meta["tokenizer"] == tokenizer.name and meta["source_sha256"] == facts["source_sha256"]
+def _refusal(name: str, root: Path, error: Exception, sources: Iterable[Source] = ()) -> str:
+    """The sentence that says which files to put where."""
+    wikitext2 = (*WIKITEXT2.values(), *GPT2_FILES)
+    sources = sources or (wikitext2 if name == "wikitext2" else [SHAKESPEARE])
+    files = ", ".join(source.path for source in sources)
+    return (
+        f"{name} cannot be prepared: put {files} under {root / 'raw'}, or set DATA_MIRROR to a "
+        f"folder or address that holds them under these names, since {error}."
+    )
 
 
-# --- Texts --------------------------------------------------------------------------------------------------
-
-def read_text(path: Path) -> str:
-    """The file's exact characters: no newline is translated."""
-    return path.read_bytes().decode("utf-8")
+# ----- texts -----
 
 
-def count(text: str, counted: str | None = None) -> Split:
-    """A split with its words and lines, counted in `counted` where that is not the text itself.
-
-    As in the published WikiText-2 figures, every line, blank ones too, ends with one end-of-line that counts.
-    """
-    lines = (text if counted is None else counted).split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return Split(text, sum(len(line.split()) + 1 for line in lines), len(lines))
-
-
-def raw_splits(archive: bytes) -> dict[str, Split]:
-    """The three texts of the raw zip, rows joined by blank lines; words are counted in the file itself."""
-    splits = {}
-    for split, member in {"train": "train", "val": "valid", "test": "test"}.items():
-        content = zip_member(archive, f"wikitext-2-raw/wiki.{member}.raw", MEMBER_LIMIT)
-        text = content.decode("utf-8")
-        splits[split] = count("\n\n".join(rows(text)), text)
-    return splits
-
-
-def rows(text: str) -> list[str]:
-    """The rows of the Hugging Face edition: a line with its line end, and nothing for a line of white space.
-
-    So the rows hold 1,144,248 (validation) and 1,287,656 bytes (test): the files' 1,146,846 and 1,290,590
-    less the two bytes " \\n" of each of their 1,299 and 1,467 blank lines.
-    """
-    lines = text.split("\n")
-    ended = [line + "\n" for line in lines[:-1]] + lines[-1:] * bool(lines[-1])
-    return [line if line.strip() else "" for line in ended]
-
-
-def manual() -> str:
-    """The language manual that comes with Python for help(), topics in alphabetical order."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise Unavailable("This Python comes without pydoc_data.topics, so there is no stand-in text: put "
-                          "the raw files in place instead, as data/README.md says.") from error
-    return "\n\n".join(topics[key].strip("\n") for key in sorted(topics)) + "\n"
-
-
-def cut_at_lines(text: str, shares: dict[str, int]) -> dict[str, Split]:
-    """Contiguous splits of about these percentages, each ending with a whole line."""
-    splits, start, done = {}, 0, 0
-    for split, share in shares.items():
-        done += share
-        end = len(text) if done == 100 else text.rfind("\n", 0, len(text) * done // 100) + 1
-        splits[split] = count(text[start:end])
-        start = end
-    return splits
-
-
-def alphabet(text: str) -> CharTokenizer:
-    """A tokenizer of all characters of the text, validation included, in code point order as in nanoGPT."""
+def _alphabet(text: str) -> CharTokenizer:
+    """All characters of the text, validation included, in code point order as in nanoGPT."""
+    if len(set(text)) > 1 << 16:
+        raise DataError("The text has more than 65,536 different characters: use GPT-2 BPE.")
     return CharTokenizer("".join(sorted(set(text))))
 
 
-# --- Files --------------------------------------------------------------------------------------------------
+def _split_at(cut: int, reach: int, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield ("train", text) for the first `cut` characters, then ("val", text).
 
-def provenance(sources, origins) -> dict:
-    """The meta.json fields that say where the raw bytes came from."""
-    return {"source": ", ".join(sorted(set(origins))),
-            "source_sha256": {source.path: source.sha256 for source in sources}}
+    Where a blank line or else a line ends in the next `reach` characters of the same piece, the
+    cut is there.
+    """
+    for text in texts:
+        if 0 < cut < len(text):
+            near = text[cut : cut + reach]
+            end = re.search(r"\n(?:[ \t\r]*\n)+", near) or re.search(r"\n", near)
+            cut += end.end() if end else 0
+        if cut > 0:
+            yield "train", text[:cut]
+        if cut < len(text):
+            yield "val", text[max(cut, 0) :]
+        cut -= len(text)
 
 
-def write_set(folder: Path, splits: dict[str, Split], tokenizer: Tokenizer, facts: dict) -> None:
-    """Write one .bin a split and then meta.json, without which the folder does not count as prepared."""
-    entries = {split: write_split(folder, split, part, tokenizer) for split, part in splits.items()}
-    meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts, "dtype": "uint16",
-            "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": entries}
+def _divide(text: str, percent: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield (split, text) for contiguous parts of these percentages."""
+    start, done = 0, 0
+    for split, share in percent.items():
+        done += share
+        end = len(text) * done // 100
+        yield split, text[start:end]
+        start = end
+
+
+# ----- your own text -----
+
+
+def _set_name(source: Path | str, name: str | None, tokenizer: str) -> str:
+    """The set's name: as given, or made from the source's. ValueError for one that cannot be."""
+    if name is None:
+        stem = re.sub(r"[^\w-]+", "_", Path(source).stem).strip("_") or "own"
+        name = stem[:50] + "_char" * (tokenizer == "char")
+    if not re.fullmatch(r"\w[\w.-]{,59}", name) or name in TAKEN:
+        raise ValueError(
+            f"A set cannot be called {name!r}: give a name of at most 60 letters, digits, - and _ "
+            f"that is none of {', '.join(TAKEN)}."
+        )
+    return name
+
+
+def _find_files(source: Path | str) -> list[Path]:
+    """The files that a path, a folder or a pattern means, by path; empty ones are left out."""
+    path = Path(source)
+    try:
+        if path.is_dir():
+            found = _walk(path)
+        else:
+            found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
+        files = sorted((file for file in found if file.is_file()), key=Path.as_posix)
+        if not files:
+            raise DataError(f"{source} matches no file: give a text file, a folder or a pattern.")
+        files = [file for file in files if file.stat().st_size]
+    except OSError as error:
+        raise DataError(
+            f"{source} cannot be read ({reason(error)}): check the path and its permissions."
+        ) from error
+    if not files:
+        raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
+    return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, links followed; OSError for a folder that cannot be read."""
+
+    def refuse(error: OSError):
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
+
+
+def _texts(files: list[Path]) -> Iterator[str]:
+    """Yield the text of all files in order, at most PIECE characters at a time."""
+    for path in files:
+        text = ""
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                while part := file.read(PIECE):
+                    text = part
+                    yield text
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,}): "
+                "convert it to UTF-8, or leave it out."
+            ) from None
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({reason(error)}): check its permissions."
+            ) from error
+        if path != files[-1] and not text.endswith("\n"):
+            yield "\n"
+
+
+def _survey(files: list[Path]) -> tuple[str, str, int]:
+    """The text's SHA-256, its different characters, and their number in all."""
+    digest, chars, length = hashlib.sha256(), set(), 0
+    for text in _with_progress("reading", files):
+        digest.update(text.encode())
+        chars.update(text)
+        length += len(text)
+    return digest.hexdigest(), "".join(chars), length
+
+
+def _unchanged(files: list[Path], sha256: str) -> Iterator[str]:
+    """The texts once more; DataError at the end unless they are still what was surveyed."""
+    digest = hashlib.sha256()
+    for text in _with_progress("encoding", files):
+        digest.update(text.encode())
+        yield text
+    if digest.hexdigest() != sha256:
+        raise DataError("The text changed while it was read: prepare it again once it stays.")
+
+
+def _with_progress(what: str, files: list[Path]) -> Iterator[str]:
+    """The texts, under a bar: in a terminal, silence in logs and in notebooks that are kept."""
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        for text in _texts(files):
+            yield text
+            bar.update(len(text.encode()))
+
+
+def openings(data: Dataset, count: int = 3) -> tuple[str, ...]:
+    """A few words from `count` places of the validation split: prompts that fit the text."""
+    text = data.tokenizer.decode(data.splits["val"][: PIECE // 4])
+    places = (len(text) * i // count for i in range(count))
+    return tuple(" ".join(text[place : place + 80].split()[1:7]) or text[place] for place in places)
+
+
+# ----- tokens -----
+
+
+def write_set(
+    folder: Path, texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, facts: dict
+) -> None:
+    """Write one .bin a split and meta.json; nothing is touched before all of it is known to be good.
+
+    `texts` are (split, text) pairs, a split's own in a row; `facts` are meta.json's other fields.
+    """
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed; the lock is ours
+        leftover.unlink(missing_ok=True)
+    entries = {}
+    with contextlib.ExitStack() as stack:
+        for split, group in groupby(texts, key=lambda pair: pair[0]):
+            out = stack.enter_context(atomic_write(folder / f"{split}.bin"))
+            entry = _write_split(out, (text for _, text in group), tokenizer)
+            entries[split] = {"file": f"{split}.bin"} | entry
+        _check_sizes(folder.name, entries)
+    meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts, "dtype": "uint16"}
+    meta |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": entries}
     if isinstance(tokenizer, CharTokenizer):
         meta["chars"] = tokenizer.chars
-    write_json(folder / "meta.json", meta)
+    with atomic_write(folder / "meta.json") as out:
+        out.write(json.dumps(meta, indent=1).encode())
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file whole or not at all. DataError if it cannot be written."""
-    with replacing(path) as out:
-        out.write(json.dumps(value, indent=1).encode())
+def _check_sizes(name: str, entries: dict[str, dict]) -> None:
+    for split, entry in entries.items():
+        known = TOKENS.get(name, {}).get(split, entry["tokens"])
+        if entry["tokens"] != known:
+            raise WrongBytes(
+                f"{name} {split} came to {entry['tokens']} tokens where {known} are right: install "
+                "the tiktoken of requirements.txt and prepare again."
+            )
+        if entry["tokens"] < 2 or entry["words"] <= entry["lines"]:
+            raise DataError(
+                f"The text is too short: its split {split} has {entry['tokens']} tokens and "
+                f"{entry['words'] - entry['lines']} words; give some thousand characters or more."
+            )
 
 
-def write_split(folder: Path, split: str, part: Split, tokenizer: Tokenizer) -> dict:
-    """Encode and write one split; return its entry in meta.json. WrongBytes if its length is not as known."""
-    ids = np.array(tokenizer.encode(part.text), dtype=DTYPE)
-    known = TOKENS.get(folder.name, {}).get(split, len(ids))
-    if len(ids) != known:
-        raise WrongBytes(f"{folder.name} {split} came to {len(ids)} tokens where {known} are right: install "
-                         "the tiktoken of requirements.txt and prepare again.")
-    with replacing(folder / f"{split}.bin") as out:
+def _write_split(out, texts: Iterable[str], tokenizer: Tokenizer) -> dict:
+    """Encode and write one split; return its entry in meta.json.
+
+    Words are counted as in the published WikiText-2 figures: every line, blank ones too, ends
+    with one end-of-line that counts.
+    """
+    digest, tokens, size, words, line_ends, before = hashlib.sha256(), 0, 0, 0, 0, "\n"
+    for text, ids in _encoded(texts, tokenizer):
         out.write(ids)
-    return {"file": f"{split}.bin", "tokens": len(ids), "bytes": len(part.text.encode("utf-8")),
-            "words": part.words, "lines": part.lines, "sha256": hashlib.sha256(ids).hexdigest()}
+        digest.update(ids)
+        tokens, size = tokens + len(ids), size + len(text.encode())
+        goes_on = not before.isspace() and not text[0].isspace()  # a word cut in two counts once
+        words += len(text.split()) - goes_on
+        line_ends += text.count("\n")
+        before = text[-1]
+    lines = line_ends + (before != "\n")
+    counts = {"tokens": tokens, "bytes": size, "words": words + lines, "lines": lines}
+    return counts | {"sha256": digest.hexdigest()}
 
 
-# --- The command --------------------------------------------------------------------------------------------
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer):
+    """Yield (text, ids) in order, encoded by all cores: tiktoken lets go of Python's lock."""
+    texts = _pieces(texts) if isinstance(tokenizer, GPT2Tokenizer) else (t for t in texts if t)
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        while batch := list(islice(texts, 2 * cores)):
+            yield from zip(batch, pool.map(tokenizer.encode_array, batch), strict=True)
 
-def describe(data: Dataset) -> str:
-    """A line a split: tokens, bytes, words, and where the text is from."""
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that encode as the whole does: cut before a blank after a visible character.
+
+    In GPT-2's pattern no token goes on from visible to blank, what it matches from there on
+    depends only on what comes after, and the matches before look no further ahead than the blank.
+    """
+    rest = ""
+    for text in texts:
+        rest += text
+        visible = LAST_VISIBLE.match(rest)
+        if visible:
+            yield rest[: visible.end()]
+            rest = rest[visible.end() :]
+        if len(rest) > LONGEST:
+            raise DataError(
+                f"The text has {len(rest):,} characters without a blank, too many for GPT-2 BPE: "
+                "leave out what is no text, or prepare it by character."
+            )
+    if rest:
+        yield rest
+
+
+# ----- the command -----
+
+
+def _describe(data: Dataset) -> str:
     return "\n".join(
         f"{data.title}, {split}: {len(tokens):,} tokens ({data.tokenizer.name}), "
         f"{data.bytes[split]:,} bytes, {data.words[split]:,} words, from {data.meta['source']}"
-        for split, tokens in data.splits.items())
+        for split, tokens in data.splits.items()
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Prepare the data sets (see data/README.md).")
-    parser.add_argument("name", choices=(*NAMES, "all"))
-    parser.add_argument("--raw", action="store_true", help="WikiText-2 raw instead of v1")
+    parser = argparse.ArgumentParser(description="Prepare data sets (see data/README.md).")
+    parser.add_argument(
+        "source", help=f"{', '.join(NAMES)}, all, or your text: a file, a folder or a pattern"
+    )
+    parser.add_argument("--name", help="of the set made of your text (default: the source's)")
+    parser.add_argument(
+        "--char", action="store_true", help="your text by character, not in GPT-2 BPE"
+    )
     options = parser.parse_args(arguments)
-    names = NAMES if options.name == "all" else (options.name,)
-
-    def work():
-        for name in names:
-            variant = "raw" if options.raw and (name == "wikitext2" or options.name != "all") else "v1"
-            yield prepare(name, variant=variant)
-
-    return exit_status(work(), "finish")
-
-
-def exit_status(folders, again: str) -> int:
-    """Describe each prepared folder as it comes; the command's exit status, with its error or interrupt in a sentence."""
+    names = NAMES if options.source == "all" else [options.source]
+    if names[0] in NAMES and (options.name or options.char):
+        parser.error("--name and --char are for your own text.")
+    tokenizer = "char" if options.char else "gpt2"
     try:
-        for folder in folders:
-            print(describe(load(folder)))
+        for name in names:
+            own = name not in NAMES
+            print(_describe(prepare_text(name, options.name, tokenizer) if own else prepare(name)))
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped: run the command again to {again}; nothing half-made will be used", file=sys.stderr)
+        print("stopped: nothing half-made is left; run the command again.", file=sys.stderr)
         return 130
     return 0
 
