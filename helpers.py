@@ -1,8 +1,4 @@
-"""Configuration, training and evaluation, in the order in which data flows.
-
-Settings travel as one frozen object and functions return values; a run lives in its folder as
-`ckpt.pt`, its best weights, and `last.pt`, from which it resumes.
-"""
+"""Configuration, training and evaluation, in the order in which data flows."""
 
 import signal
 
@@ -13,23 +9,18 @@ import argparse
 import contextlib
 import copy
 import gc
-import hashlib
 import io
 import math
 import os
 import pickle
 import platform
 import sys
-import tempfile
 import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -37,13 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.batches import BatchLoader, gather, get_batch, load_tokens
 from data.dataset import load
-from data.fetch import DataError, atomic_write, reason
+from data.fetch import DataError, atomic_write, reason, sha256_of
+from data.ngrams import ngram_nats
 from data.prepare import NAMES, ROOT, prepare
 from model import GPT, CUDAGraphed, GPTConfig, Muon, evaluating, fused_loss_obstacle, repeat
 
+
 # ----- configuration -----
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. Raises ValueError for values that cannot be trained with."""
@@ -78,11 +69,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in fields(self):  # Python's own types alone: a checkpoint holds no others
-            value, kinds = getattr(self, field.name), {field.type, int} - {bool} | {field.type}
-            low, high = RANGES.get(field.name, (1, math.inf))
+            value, (low, high) = getattr(self, field.name), RANGES.get(field.name, (1, math.inf))
+            kinds = {field.type, int} if field.type is float else {field.type}
             if type(value) not in kinds or field.type is not bool and not low <= value < high:
-                wanted = f"{field.type.__name__} of at least {low} and below {high}"
-                wanted = "True or False" if field.type is bool else f"a Python {wanted}"
+                wanted = f"a Python {field.type.__name__}"
+                wanted += "" if field.type is bool else f" of at least {low} and below {high}"
                 raise ValueError(f"{field.name} is {value!r}: give {wanted}.")
         if self.min_lr > self.learning_rate:
             raise ValueError(
@@ -96,7 +87,6 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self):
-        """Tokens that one optimizer step learns from."""
         return self.batch_size * self.block_size * self.gradient_accumulation_steps
 
 
@@ -130,6 +120,7 @@ def make_presets():
     small = dict(block_size=64, n_layer=4, n_head=4, n_embd=64, dropout=0.0, warmup_iters=30)
     small |= dict(learning_rate=3e-3, min_lr=3e-4, max_iters=300, eval_interval=50, eval_iters=20)
     quick = replace(full, **small)
+    longer = replace(quick, n_embd=128, max_iters=800, eval_interval=100)
     tiny = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=16, max_iters=20)
     smoke = replace(quick, **tiny, warmup_iters=4, eval_interval=5, eval_iters=2)
     modern = dict(rotary=True, qk_norm=True, squared_relu=True, rms_norm=True, bias=False)
@@ -141,13 +132,9 @@ def make_presets():
     improved = (replace(full, **modern, **words, eval_iters=25), replace(full, **modern, **chars))
     shakespeare = replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4)
     report = Preset("full", full, shakespeare, needs_real_data=True, evaluate_all=True)
-    longer = replace(quick, n_embd=128, max_iters=800, eval_interval=100)
-    return {
-        "full": report,
-        "record": replace(report, name="record", improved=improved),
-        "quick": Preset("quick", quick, longer),
-        "smoke": Preset("smoke", smoke, smoke, new_tokens=20),
-    }
+    quick, smoke = Preset("quick", quick, longer), Preset("smoke", smoke, smoke, new_tokens=20)
+    record = replace(report, name="record", improved=improved)
+    return {preset.name: preset for preset in (report, record, quick, smoke)}
 
 
 PRESETS = make_presets()
@@ -171,7 +158,6 @@ class Precision:
     reason: str
 
     def autocast(self):
-        """Mixed precision around a forward pass; none where the type is float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
@@ -189,19 +175,14 @@ def choose_precision(device=None):
 
 def describe_machine(precision):
     """What a run is made on, as plain text values."""
-    cuda, device = precision.device.type == "cuda", f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "device": torch.cuda.get_device_name(precision.device) if cuda else device,
-        "precision": precision.reason,
-        "PyTorch": torch.__version__,
-        "CUDA": torch.version.cuda if cuda else "not used",
-        "Python": platform.python_version(),
-    }
+    facts = {"device": f"CPU, {torch.get_num_threads()} threads", "precision": precision.reason}
+    if precision.device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(precision.device)
+        facts["CUDA"] = torch.version.cuda
+    return facts | {"PyTorch": torch.__version__, "Python": platform.python_version()}
 
 
 # ----- several processes (torchrun) -----
-
-
 def rank():
     """Number of this process among those that train together; 0, the main one, when alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -214,7 +195,7 @@ def world_size():
 
 @contextlib.contextmanager
 def distributed():
-    """Joins the processes that torchrun started, if it did; yields this one's device, or None."""
+    """Joins the processes that torchrun started, if any; yields this one's device, or None."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield None
         return
@@ -257,26 +238,21 @@ def on_main_process(make):
 
 
 def shard(starts):
-    """This process's part of the windows (steps, micro-steps, B), as large as any other's."""
+    """This process's part of windows (steps, micro-steps, B), as large as any other's."""
     n, (micro_steps, batch) = world_size(), starts.shape[1:]
     if micro_steps % n == 0:  # batches as large as on one GPU
         return starts[:, rank() :: n]
     if batch % n == 0:
         return starts[:, :, rank() :: n]
-    raise ValueError(
-        f"{n} processes cannot share batch_size {batch} with gradient_accumulation_steps "
-        f"{micro_steps}: make one of the two a multiple of {n}."
-    )
+    text = f"{n} processes cannot share batch_size {batch} with gradient_accumulation_steps"
+    raise ValueError(f"{text} {micro_steps}: make one of the two a multiple of {n}.")
 
 
 # ----- windows and learning rate -----
-
-
 def sample_starts(n_tokens, config, step, batches):
-    """First positions (batches, B) of random windows, on the CPU.
+    """First positions (batches, B) of random windows, on the CPU; step -1 is the evaluations'.
 
-    They depend on seed, step and sizes alone, so a resumed run samples what an unbroken one would,
-    on any device. Step -1 is the evaluation's, the same at every evaluation.
+    They depend on seed, step and sizes alone: a resumed run samples what an unbroken one would.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 1)
     last = n_tokens - config.block_size
@@ -289,23 +265,14 @@ def get_lr(step, config):
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:
         return config.learning_rate
-    if step >= config.max_iters:
-        return config.min_lr
-    progress = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
     return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
 # ----- evaluation -----
-
-CHUNK = 1 << 22  # tokens counted at a time, so that a large text is never whole in memory
-
-
 def estimate_loss(model, tokens, config, precision):
-    """Mean loss over `eval_iters` random batches, in nats per token: for curves, not for tables.
-
-    The windows are the same at every evaluation and leave the training's random numbers alone.
-    """
+    """Mean loss in nats per token over `eval_iters` random batches, always the same: for curves."""
     starts = sample_starts(len(tokens), config, -1, config.eval_iters).flatten()
     own = starts[rank() :: world_size()].to(precision.device)
     total = torch.zeros((), dtype=torch.float64, device=precision.device)
@@ -326,18 +293,15 @@ class Score:
     words: int  # including one <eos> per line
 
     @property
-    def loss(self):
-        """Nats per token."""
+    def loss(self):  # nats per token
         return self.nats / self.tokens
 
     @property
-    def perplexity(self):
-        """Per token; infinite where it exceeds what a float holds."""
+    def perplexity(self):  # per token; infinite where it exceeds what a float holds
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
     @property
-    def word_perplexity(self):
-        """Per word including `<eos>`, as in the literature on WikiText-2 (Merity et al. 2016)."""
+    def word_perplexity(self):  # as in the literature on WikiText-2 (Merity et al. 2016)
         return replace(self, tokens=self.words).perplexity
 
     @property
@@ -356,9 +320,8 @@ def score_of(losses, data, split):
 def evaluate(model, data, split, stride=None):
     """Evaluates every token of a split exactly once, in float32; returns a Score.
 
-    Without a stride, in non-overlapping windows: a window's first token sees only the last token
-    before it. With one, in sliding windows `stride` tokens apart, so that each token sees at least
-    block_size - stride others. The split's first token is predicted from `bos_id`.
+    Without a stride, in non-overlapping windows; with one, in sliding windows `stride` tokens
+    apart, so that each token sees at least block_size - stride others, where they exist.
     """
     return score_of(_loss_parts(model, data, split, stride), data, split)
 
@@ -369,7 +332,6 @@ def token_losses(model, data, split, stride=None):
 
 
 def _loss_parts(model, data, split, stride):
-    """Yield the losses of a split's tokens, some windows at a time."""
     device, block = next(model.parameters()).device, model.config.block_size
     stride = block if stride is None else stride
     if not isinstance(stride, int) or not 1 <= stride <= block:
@@ -397,8 +359,7 @@ def dynamic_evaluation(model, data, split, lr, precision, n_tokens=None):
     """Losses (N,) of a split, or its first `n_tokens`, by a copy of the model that learns on it.
 
     Dynamic evaluation (Krause et al. 2018): an eighth of the context is evaluated, then learnt from
-    in one step of Adam without first moments, then the next eighth is read. So no token moves an
-    earlier loss. Computed in bfloat16 where `precision` is, else in float32: float16 needs a scaler.
+    in one step of Adam without first moments. In bfloat16 where `precision` is, else in float32.
     """
     device, block = precision.device, model.config.block_size
     stride, model = max(1, block // 8), copy.deepcopy(model).to(precision.device).eval()
@@ -428,80 +389,29 @@ def dynamic_evaluation(model, data, split, lr, precision, n_tokens=None):
     return losses.flatten()[:length]
 
 
-def token_counts(split, vocab_size):
-    """How often each id occurs in a split (N,): (V,)."""
-    parts = (split[start : start + CHUNK] for start in range(0, len(split), CHUNK))
-    return sum(np.bincount(part, minlength=vocab_size) for part in parts)
-
-
 def evaluate_baselines(data, split):
-    """Uniform, unigram and bigram models of the training split; returns Scores by name.
-
-    Unigram counts are smoothed by one, bigrams by a Dirichlet prior around the unigrams (MacKay
-    and Peto 1995) whose strength is chosen on validation. Memory grows with the different pairs of
-    the evaluated splits, not with the text.
-    """
-    vocab, train = data.vocab_size, data.splits["train"]
-    counts, found = token_counts(train, vocab), token_counts(data.splits[split], vocab)
-    unigram = (counts + 1) / (len(train) + vocab)
-    counts[train[-1]] -= 1  # from here on: how often a token is followed by one
-    pairs = {name: _pair_counts(data.splits[name], vocab, data.bos_id) for name in ("val", split)}
-    seen = pd.Series(0, index=pairs["val"].index.union(pairs[split].index))
-    for keys in _pair_keys(train, vocab):
-        places = seen.index.get_indexer(keys)
-        seen += np.bincount(places[places >= 0], minlength=len(seen))
-
-    def bigram_nats(name, strength):
-        keys = pairs[name].index
-        context, token = np.divmod(keys.to_numpy(), vocab)
-        probs = (seen[keys] + strength * unigram[token]) / (counts[context] + strength)
-        return -(pairs[name] * np.log(probs)).sum()
-
-    best = min((10, 30, 100, 300, 1000, 3000), key=lambda strength: bigram_nats("val", strength))
-    nats = {"uniform": found.sum() * math.log(vocab), "unigram": -(found @ np.log(unigram))}
-    nats["bigram"] = bigram_nats(split, best)
-    sizes = (int(found.sum()), data.bytes[split], data.words[split])
-    return {name: Score(float(value), *sizes) for name, value in nats.items()}
-
-
-def _pair_keys(split, vocab_size, bos_id=None):
-    """Yield first * vocab_size + second (M,) for neighbouring tokens, some millions at a time."""
-    for start in range(0, len(split), CHUNK):
-        part = np.asarray(split[max(0, start - 1) : start + CHUNK]).astype(np.int64)
-        if start == 0 and bos_id is not None:
-            part = np.insert(part, 0, bos_id)
-        yield part[:-1] * vocab_size + part[1:]
-
-
-def _pair_counts(split, vocab_size, bos_id):
-    counts = pd.Series(dtype=np.int64)
-    for keys in _pair_keys(split, vocab_size, bos_id):
-        counts = counts.add(pd.Series(keys).value_counts(), fill_value=0)
-    return counts
+    """Scores of uniform, unigram and bigram models of the training split, by name."""
+    sizes = (len(data.splits[split]), data.bytes[split], data.words[split])
+    return {name: Score(nats, *sizes) for name, nats in ngram_nats(data, split).items()}
 
 
 # ----- checkpoints -----
-
-
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used, and what to do about it."""
 
 
 FRESH = "train again with fresh=True (--fresh on the command line), which replaces it"
-OTHER = "choose another file"
 
 
 def save_checkpoint(path, checkpoint):
     """Writes plain values and tensors, whole or not at all. Raises CheckpointError."""
     try:
         with atomic_write(Path(path)) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's way to pass on that a write failed
-                cause = error.__cause__ or error.__context__
-                raise cause if isinstance(cause, OSError) else error from None
-    except DataError as error:
-        raise CheckpointError(str(error)) from None
+            torch.save(checkpoint, file)
+    except RuntimeError as error:  # a DataError, or torch's way to pass on that a write failed
+        text = reason(error.__cause__ or error.__context__ or error).splitlines()[0]
+        text = f"{path} cannot be written ({text}): make room, or choose another folder; what was"
+        raise CheckpointError(f"{text} there before is unharmed.") from None
 
 
 def verified(path):
@@ -516,8 +426,12 @@ def verified(path):
     return whole
 
 
-def load_checkpoint(path, advice=OTHER):
-    """A checkpoint's plain values, on the CPU; never unpickles code. Raises CheckpointError."""
+def load_checkpoint(path, identity=None):
+    """A checkpoint's plain values, on the CPU; never unpickles code. Raises CheckpointError.
+
+    With the `identity` of a run, one of another run is refused by what differs.
+    """
+    advice = FRESH if identity else "choose another file"
     try:
         checkpoint = torch.load(verified(path), map_location="cpu", weights_only=True)
     except OSError as error:
@@ -526,26 +440,30 @@ def load_checkpoint(path, advice=OTHER):
     except Exception as error:  # what is no checkpoint fails in many ways
         if out_of_memory(error):
             raise
-        text = reason(error).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):
-            text = "it holds more than plain values and was not opened"
+        code = isinstance(error, pickle.UnpicklingError)
+        text = "it holds more than plain values" if code else reason(error).splitlines()[0]
         raise CheckpointError(f"{path} is not a whole checkpoint ({text}): {advice}.") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is no checkpoint of a GPT of this kind: {advice}.")
+    there = checkpoint.get("identity")
+    differing = _differing(there if isinstance(there, dict) else {}, identity or {})
+    if differing:
+        text = f"{path} belongs to another run ({differing}): {advice}, or choose another folder."
+        raise CheckpointError(text)
     return checkpoint
 
 
-def load_model(path, device="cpu", vocab_size=None):
-    """The model of a checkpoint of this project or of nanoGPT, in eval mode.
+def _differing(there, here):
+    names = (name for name, value in here.items() if there.get(name) != value)
+    return "; ".join(f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in names)
 
-    With `vocab_size`, a vocabulary that was padded to a multiple of 64 is cropped to it. Raises
-    CheckpointError.
+
+def load_model(path, device="cpu", vocab_size=None, identity=None):
+    """The model of a checkpoint of this project or nanoGPT, in eval mode. Raises CheckpointError.
+
+    With `vocab_size`, a vocabulary that was padded to a multiple of 64 is cropped to it.
     """
-    return model_of(load_checkpoint(path), path, device, vocab_size)
-
-
-def model_of(checkpoint, path, device, vocab_size, advice=OTHER):
-    """The model in a checkpoint that was read from `path`."""
+    checkpoint = load_checkpoint(path, identity)
     try:
         config = GPTConfig(**checkpoint["model_args"])
         # a model compiled whole has this before each name; old ones keep their causal mask
@@ -561,7 +479,7 @@ def model_of(checkpoint, path, device, vocab_size, advice=OTHER):
         if out_of_memory(error):
             raise
         text = f"{path} does not fit its own description ({' '.join(str(error).split())[:200]})"
-        raise CheckpointError(f"{text}: {advice}.") from None
+        raise CheckpointError(f"{text}: {FRESH if identity else 'choose another file'}.") from None
     if vocab_size not in (None, config.vocab_size):
         text = f"{path} has a vocabulary of {config.vocab_size} and the data one of {vocab_size}"
         raise CheckpointError(f"{text}: load the checkpoint that was trained on this data.")
@@ -569,23 +487,17 @@ def model_of(checkpoint, path, device, vocab_size, advice=OTHER):
 
 
 def start_weights(path, config, data):
-    """Weights of a checkpoint to start a run from, and 16 digits that identify them."""
+    """Weights of a checkpoint to start a run from, and 16 digits that identify the file."""
     model = load_model(path, vocab_size=data.vocab_size)
-    there, here = asdict(model.config), asdict(config.model_config(data.vocab_size))
-    names = (name for name in here if name != "dropout" and there[name] != here[name])
-    differing = [f"{name} {there[name]!r} there, {here[name]!r} here" for name in names]
+    wanted = config.model_config(data.vocab_size)
+    differing = _differing(asdict(replace(model.config, dropout=wanted.dropout)), asdict(wanted))
     if differing:
-        text = f"{path} cannot start this run ({'; '.join(differing)}): change the configuration"
-        raise CheckpointError(f"{text}, or start from another file.")
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.numpy())
-    return model.state_dict(), digest.hexdigest()[:16]
+        text = f"{path} cannot start this run ({differing}): change the configuration, or start"
+        raise CheckpointError(f"{text} from another file.")
+    return model.state_dict(), sha256_of(path)[:16]
 
 
 # ----- the training step -----
-
-
 def make_model(config, data):
     """A new model for a data set, its initial weights fixed by the seed."""
     torch.manual_seed(config.seed)
@@ -599,13 +511,17 @@ class Optimizers:
     grad_scale = found_inf = None
 
     def __init__(self, model, config, lr, device_type):
-        matrices = model.hidden_matrices() if config.muon_lr_scale else []
+        hidden = model.transformer.h.parameters() if config.muon_lr_scale else []
+        matrices = [parameter for parameter in hidden if parameter.dim() == 2]
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         adamw = model.configure_optimizers(decay, lr, betas, device_type, leave_out=matrices)
         self.by_name = {"optimizer": adamw}
         if matrices:
             self.by_name["muon"] = Muon(matrices, lr, config.muon_lr_scale, decay)
-        self.param_groups = [g for o in self.by_name.values() for g in o.param_groups]
+
+    @property
+    def param_groups(self):
+        return [group for o in self.by_name.values() for group in o.param_groups]
 
     def step(self):
         for optimizer in self.by_name.values():
@@ -616,14 +532,17 @@ class Optimizers:
 class Trainer:
     """A run's state on its device, and the one optimizer step of every device and precision.
 
-    The step reads batch and learning rate from a row of tables, and writes loss and gradient norm
-    into others: nothing in it waits for the host, so that a CUDA graph can hold it whole.
+    It reads and writes rows of tables and never waits for the host: a CUDA graph can hold it.
     """
 
     def __init__(self, model, data, config, precision, resident=None):
         self.model, self.config, self.precision = model, config, precision
         device, cuda, alone = precision.device, precision.device.type == "cuda", world_size() == 1
         self.tokens = {s: load_tokens(data.splits[s], device, resident) for s in ("train", "val")}
+        for name, tokens in self.tokens.items():
+            if len(tokens) <= config.block_size:
+                text = f"The {name} split has {len(tokens)} tokens, block_size {config.block_size}"
+                raise ValueError(f"{text}: use a longer text or a smaller block_size.")
         self.lr = torch.zeros((), device=device)
         self.optimizers = Optimizers(model, config, self.lr, device.type)
         fp16 = precision.dtype == torch.float16
@@ -635,18 +554,16 @@ class Trainer:
         self.lrs, self.losses, self.grad_norms = torch.zeros(3, self.ahead, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.loaded = None  # the first of the steps that the tables hold
-        self.obstacles = (
-            compile_layers(model, precision, shape[2]) if config.compile and cuda else []
-        )
-        if cuda and fused_loss_obstacle():
-            self.obstacles.append(f"no fused loss: {fused_loss_obstacle()}")
-        self.module, ids = model, [device] if cuda else None
+        slow = fused_loss_obstacle() if cuda else None
+        self.obstacles = [f"no fused loss: {slow}"] if slow else []
+        if config.compile and cuda:
+            self.obstacles += compile_layers(model, precision, shape[2])
+        self.module = model
         if not alone:
-            self.module = DistributedDataParallel(model, device_ids=ids)
+            self.module = DistributedDataParallel(model, device_ids=[device] if cuda else None)
         self.graphed_step = CUDAGraphed(self.step, cuda and alone, recover=self.forget_step)
 
     def boundary(self, step):
-        """Where the steps end that are queued together from `step` on."""
         to_evaluation = self.config.eval_interval - step % self.config.eval_interval
         return min(step + min(self.ahead, to_evaluation), self.config.max_iters)
 
@@ -661,8 +578,8 @@ class Trainer:
         self.loaded = first
 
     def run_steps(self, first):
-        """Takes the steps from `first` to the boundary; returns their losses and gradient norms."""
-        last = self.boundary(first)
+        """Takes the steps to the boundary; returns losses, gradient norms and seconds."""
+        last, started = self.boundary(first), time.perf_counter()
         if self.loaded != first:
             self.load(first)
         for _ in range(first, last):
@@ -670,7 +587,8 @@ class Trainer:
         if last < self.config.max_iters:
             self.load(last)  # while the device works
         losses = all_reduce_sum(self.losses[: last - first].clone()) / world_size()
-        return losses.tolist(), self.grad_norms[: last - first].tolist()
+        norms = self.grad_norms[: last - first].tolist()
+        return losses.tolist(), norms, time.perf_counter() - started
 
     def step(self):
         self.model.zero_grad(set_to_none=True)
@@ -693,15 +611,13 @@ class Trainer:
         self.row.add_(1)
 
     def forget_step(self):
-        """After a capture that failed: nothing of the step was computed, so nothing may stay."""
         self.obstacles.append(f"no CUDA graph: {self.graphed_step.reason}")
         if self.scaler.is_enabled():
             self.scaler.update(self.scaler.get_scale())
 
     def reset(self, weights):
-        """Begins a run: its initial weights, and dropout's seed, another one in each process."""
         self.model.load_state_dict(weights)
-        torch.manual_seed(self.config.seed + rank())
+        torch.manual_seed(self.config.seed + rank())  # dropout differs from process to process
 
     def state_dict(self):
         """Everything that the next step depends on, as plain values and tensors."""
@@ -717,28 +633,23 @@ class Trainer:
     def load_state_dict(self, state, step):
         """Puts a saved state in place, of a run that has taken `step` steps."""
         self.model.load_state_dict(state["model"])
-        cuda, device = self.precision.device.type == "cuda", self.precision.device
         for name, optimizer in self.optimizers.by_name.items():
             optimizer.load_state_dict(state[name])
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr  # loading put a copy there, which the step would not change
-                if "capturable" in group:  # the file may be of another device
-                    group["capturable"] = cuda
+        for group in self.optimizers.param_groups:  # the file holds a copy, perhaps of a CPU's
+            group["lr"] = self.lr
+            if "capturable" in group:
+                group["capturable"] = self.precision.device.type == "cuda"
         if state["scaler"]:  # there is none, where the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        if cuda and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        if state["cuda_rng"] is not None and self.precision.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.precision.device)
         if rank():  # the generators are the main process's; dropout must differ
             torch.manual_seed((self.config.seed + rank()) * 1_000_003 + step)
 
 
 def compile_layers(model, precision, batch_size):
-    """Compiles the layers in place; returns what prevents it, a list.
-
-    Layer by layer, since they are alike and compile once: the whole model takes three times as
-    long to compile and is little faster.
-    """
+    """Compiles the layers in place, one for all since they are alike; returns what prevents it."""
     shape = (batch_size, model.config.block_size)
     idx = torch.zeros(shape, dtype=torch.int64, device=precision.device)
     for layer in model.transformer.h:
@@ -754,34 +665,28 @@ def compile_layers(model, precision, batch_size):
 
 
 # ----- the run -----
-
-
 class TrainingError(RuntimeError):
     """Training cannot go on: what happened at which step, and what to change."""
 
 
 def out_of_memory(error):
     """Whether an error says that a device's or the machine's memory does not suffice."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
+    kinds = torch.OutOfMemoryError | MemoryError
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 class Interrupts:
-    """While entered, the first interrupt, termination or hang-up is only noted.
+    """While entered, the first interrupt, termination or hang-up is only noted, to end at a step.
 
-    Training then ends at a step boundary; a second one acts at once. Outside the main thread,
-    which alone can catch signals, nothing changes.
+    A second one acts at once. Outside the main thread, which alone can catch signals, all do.
     """
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-
-    def __init__(self):
-        self.received, self.previous = None, {}
-
     def __enter__(self):
+        self.received, self.previous = None, {}
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
         if threading.current_thread() is threading.main_thread():
-            for number in self.numbers:
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     self.previous[number] = signal.signal(number, self.note)
         return self
 
@@ -803,14 +708,20 @@ class Interrupts:
         return number.item() > 0
 
 
+INTERRUPTED = (
+    "interrupted and saved: run this again to resume. In Run All the cells below go on with this "
+    "partial run; stop once more to end them"
+)
+
+
 class Run:
     """One training run: its history, and its folder with ckpt.pt (the best weights) and last.pt.
 
     history["evals"] has a row (a dict) per evaluation: iter (steps done), train_loss and val_loss
     (estimates, nats per token), learning_rate (of the next step), time (seconds of steps since the
     row before), waited (seconds since the call, compilation and evaluations included), grad_norm
-    (mean since the row before, unclipped) and peak_memory (bytes, on CUDA). history["step_loss"]
-    and history["step_grad_norm"] have a value per step. `seconds` are those of all steps.
+    (mean since the row before, unclipped), peak_memory (bytes, on CUDA); history["step_loss"] and
+    history["step_grad_norm"] have a value per step. `seconds` are those of all steps.
     """
 
     def __init__(self, config, data, out_dir, start_id=None):
@@ -841,7 +752,6 @@ class Run:
 
     @property
     def waited(self):
-        """Seconds since training was called for, those of earlier calls included."""
         return self.waited_before + time.perf_counter() - self.began
 
     def due_for_evaluation(self):
@@ -870,10 +780,7 @@ class Run:
             self.best_state = self._checkpoint({"model": weights}, trainer)
 
     def extend(self, losses, norms, seconds, scaled):
-        """Adds the steps just taken. Raises TrainingError for a loss that is not finite.
-
-        A gradient that is not finite is the scaler's to skip where there is one.
-        """
+        """Adds the steps just taken, all finite but for gradients that a scaler skips."""
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), self.step):
             if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
                 raise self._diverged(step, f"the loss is {loss} and the gradient norm {norm}")
@@ -891,8 +798,9 @@ class Run:
         return state | facts | {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
 
     def save(self, trainer, every=0.0):
-        """Writes both files, unless the last time is less than `every` seconds ago."""
-        if rank() or self.step == self.saved_step or time.monotonic() - self.saved_at < every:
+        """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
+        recent = self.step and time.monotonic() - self.saved_at < every
+        if rank() or recent or self.step == self.saved_step:
             return
         self.save_best()  # first: were the last newer, resuming would never write the best again
         state = trainer.state_dict() | {"history": self.history}
@@ -901,7 +809,6 @@ class Run:
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def save_best(self):
-        """Writes the best weights so far, if that is not yet done."""
         if self.best_state is not None:
             save_checkpoint(self.folder / "ckpt.pt", self.best_state)
             self.best_state = None
@@ -923,63 +830,29 @@ class Run:
         self.resumed_at = self.saved_step = self.step
 
     def _saved_state(self):
-        """The content of last.pt, if both files are of this very run."""
-        if not (self.folder / "last.pt").exists():
+        last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
+        if not last.exists():
             return None
-        last, best = self._read("last.pt"), self._read("ckpt.pt")
-        # a best ahead of the last is from a kill between the two writes: resuming comes past it
-        if best["iter_num"] <= last["iter_num"] and best["best_val_loss"] != last["best_val_loss"]:
-            path = self.folder / "ckpt.pt"
-            raise CheckpointError(f"{path} is not the best state of the run in last.pt: {FRESH}.")
-        return last
-
-    def _read(self, name):
-        path = self.folder / name
-        checkpoint = load_checkpoint(path, FRESH)
-        there = checkpoint.get("identity")
-        there = there if isinstance(there, dict) else {}
-        names = (key for key, value in self.identity.items() if there.get(key) != value)
-        differing = [
-            f"{key} {there.get(key)!r} there, {self.identity[key]!r} here" for key in names
-        ]
-        if differing:
-            text = f"{path} belongs to another run ({'; '.join(differing)})"
-            raise CheckpointError(f"{text}: {FRESH}, or choose another folder.")
-        if not isinstance(checkpoint.get("iter_num"), int) or "best_val_loss" not in checkpoint:
-            raise CheckpointError(f"{path} does not say which step it is of: {FRESH}.")
-        return checkpoint
+        saved, kept = (load_checkpoint(path, self.identity) for path in (last, best))
+        ahead = kept.get("iter_num", 0) > saved.get("iter_num", 0)  # killed between the two writes:
+        if not ahead and kept.get("best_val_loss") != saved.get("best_val_loss"):  # comes past it
+            raise CheckpointError(f"{best} is not the best state of the run in {last}: {FRESH}.")
+        return saved
 
     def load(self, which="best", device="cpu"):
         """The model of the `best` or the `last` checkpoint."""
-        name = {"best": "ckpt.pt", "last": "last.pt"}[which]
-        checkpoint = self._read(name)  # another process may have written there
-        return model_of(checkpoint, self.folder / name, device, self.data.vocab_size, FRESH)
+        path = self.folder / {"best": "ckpt.pt", "last": "last.pt"}[which]
+        return load_model(path, device, self.data.vocab_size, self.identity)
 
     def end(self, interrupted, trainer):
-        """Says how the run ended, in `status`."""
-        self.interrupted, skipped = interrupted, np.isinf(self.history["step_grad_norm"]).sum()
-        notes = [f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"]
-        if interrupted:
-            notes = [
-                "interrupted and saved: run this again to resume. In Run All the cells below go on "
-                "with this partial run; stop once more to end them"
-            ]
-        elif self.resumed_at == self.step:
-            notes.append("loaded, not trained again")
+        self.interrupted = interrupted
+        skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
+        text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
+        text = "loaded, not trained again" if self.resumed_at == self.step else text
+        notes = [INTERRUPTED if interrupted else text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
-        self.status = "; ".join(notes + trainer.obstacles)
-
-    def check_writable(self):
-        """Fails before the first step, not at the first save."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*.pt.*.tmp"):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            text = f"{self.folder} cannot be written ({reason(error)}): free disk space"
-            raise CheckpointError(f"{text} or choose another folder.") from None
+        self.status = "; ".join(notes)
 
 
 def train_model(
@@ -996,18 +869,17 @@ def train_model(
 ):
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
-    `model` then holds the weights of the last step, whatever it held before. `start_from` is a
-    checkpoint to take the initial weights from, as for fine-tuning. `view(run)` is called after
-    evaluations and between steps.
-
-    Unsaved work is at most `save_seconds` of training and one evaluation interval. Called again it
-    resumes from `last.pt`, or only loads a finished run; `fresh=True` starts over. An interrupt, a
-    termination or a hang-up ends at a step boundary, saves and returns (the last two then take
-    their course). Under torchrun all processes call this alike, within `distributed()`; the main
-    one writes. Raises CheckpointError for a checkpoint of another run, TrainingError for a loss
-    that is not finite and where the memory does not suffice.
+    `model` then holds the weights of the last step. `start_from` is a checkpoint to take initial
+    weights from, as for fine-tuning. `view(run)` is called after evaluations and between steps.
+    Called again it resumes from `last.pt`, or only loads a finished run; `fresh=True` starts over.
+    An interrupt, a termination or a hang-up ends at a step boundary, saves and returns (the last
+    two then take their course); else unsaved work is at most `save_seconds` and one evaluation
+    interval. Under torchrun all processes call this alike, within `distributed()`. Raises
+    CheckpointError for a checkpoint of another run, TrainingError for a loss that is not finite
+    and where the memory does not suffice.
     """
-    check_fits(model, data, config)
+    if model.config != config.model_config(data.vocab_size):
+        raise ValueError("The model is not of this configuration and data: make it by make_model.")
     precision, run = precision or choose_precision(), None
     with Interrupts() as interrupted:
         try:
@@ -1021,41 +893,26 @@ def train_model(
                 run.restore(trainer)
             train_loop(run, trainer, view, save_seconds, interrupted)
         except (RuntimeError, MemoryError) as error:
-            if run and isinstance(error, TrainingError) or out_of_memory(error):
+            short = out_of_memory(error)
+            if run and (short or isinstance(error, TrainingError)):
                 run.save_best()
-            if not out_of_memory(error):
+            if not short:
                 raise
             run = trainer = None
-    if run is None:  # here nothing of the run is held any more, so the same kernel can try again
+    if run is None:  # here nothing of it is held any more, so the same kernel can try again
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
-        raise TrainingError(
-            f"The memory of {precision.device} does not suffice for batch_size {config.batch_size} "
-            f"and block_size {config.block_size}: lower batch_size, and raise "
-            "gradient_accumulation_steps to keep the tokens per step."
-        )
+        text = f"batch_size {config.batch_size} and block_size {config.block_size} need more memory"
+        text += f" than {precision.device} has: lower batch_size, and raise"
+        raise TrainingError(f"{text} gradient_accumulation_steps to keep the tokens per step.")
     if run.interrupted not in (None, signal.SIGINT):
         signal.raise_signal(run.interrupted)  # what it would have done, now that work is saved
     return run
 
 
-def check_fits(model, data, config):
-    """Raises ValueError for a model of another shape and for a split shorter than a window."""
-    if model.config != config.model_config(data.vocab_size):
-        raise ValueError("The model is not of this configuration and data: make it by make_model.")
-    for name in ("train", "val"):
-        if len(data.splits[name]) <= config.block_size:
-            raise ValueError(
-                f"The {name} split of {data.title} has {len(data.splits[name])} tokens, block_size "
-                f"is {config.block_size}: use a longer text or a smaller block_size."
-            )
-
-
 def train_loop(run, trainer, view, save_seconds, interrupted):
     """Steps and evaluations in turn, from where the run stands to its end or to an interrupt."""
-    if not run.finished:
-        on_main_process(run.check_writable)
     while True:
         if run.due_for_evaluation():
             run.evaluate(trainer)
@@ -1064,10 +921,7 @@ def train_loop(run, trainer, view, save_seconds, interrupted):
             view(run)
         if run.finished or interrupted():
             break
-        started = time.perf_counter()
-        losses, norms = trainer.run_steps(run.step)
-        seconds = time.perf_counter() - started
-        run.extend(losses, norms, seconds, scaled=trainer.scaler.is_enabled())
+        run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
     run.end(interrupted.received, trainer)
@@ -1075,67 +929,14 @@ def train_loop(run, trainer, view, save_seconds, interrupted):
         view(run)
 
 
-# ----- what a reader watches -----
-
-
-class LiveView:
-    """A status line and a loss curve that grow in a notebook; elsewhere a line an evaluation."""
-
-    def __init__(self, title):
-        self.title, self.began, self.shown_at, self.rows, self.handles = title, None, 0.0, 0, None
-
-    def __call__(self, run):
-        """Shows where the run stands: at once after an evaluation, else twice a second."""
-        now, rows = time.perf_counter(), len(run.history["evals"])
-        self.began = self.began or (run.step, now)
-        if rows == self.rows and now - self.shown_at < 0.5 and not run.status:
-            return
-        steps, seconds = run.step - self.began[0], now - self.began[1]
-        text = f"{self.title}: step {run.step:,} of {run.config.max_iters:,}"
-        if run.status:
-            text += f"; {run.status}"
-        elif steps:
-            left = (run.config.max_iters - run.step) * seconds / steps
-            speed = steps * run.config.tokens_per_step / seconds
-            text += f"; {speed:,.0f} tokens/s, about {left:,.0f} s left"
-        if in_notebook():
-            self._display(run, text)
-        elif rows != self.rows or run.status:
-            print(f"{text}; validation loss {run.last['val_loss']:.4f}.", flush=True)
-        self.shown_at, self.rows = now, rows
-
-    def _display(self, run, text):
-        from IPython.display import Markdown, display
-
-        self.handles = self.handles or [display(Markdown(""), display_id=True) for _ in range(2)]
-        self.handles[0].update(Markdown(f"{text}."))
-        if len(run.history["evals"]) != self.rows:
-            labels = {"xlabel": "optimizer step", "ylabel": f"loss (nats per {run.data.unit})"}
-            losses = pd.DataFrame(run.history["evals"]).set_index("iter")[
-                ["train_loss", "val_loss"]
-            ]
-            axes = losses.plot(style=["-", "--"], figsize=(7, 3.2), **labels)
-            self.handles[1].update(axes.figure)
-            plt.close(axes.figure)
-
-
-def in_notebook():
-    """Whether a Jupyter kernel runs this, which can show figures."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
-
-
-# ----- text and command line -----
-
-
+# ----- text and the command line -----
 def generate_text(
-    model, data, prompt, precision, new_tokens=150, temperature=0.8, top_k=40, seed=1337
+    model, data, prompt, precision, new_tokens=150, temperature=0.8, top_k=40, seed=0
 ):
     """The prompt and its continuation as text; computed with weights of the precision's type."""
-    device = precision.device
-    ids = torch.tensor([data.tokenizer.encode(prompt)], dtype=torch.long, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    model = copy.deepcopy(model).to(device, precision.dtype)
+    ids = torch.tensor([data.tokenizer.encode(prompt)], dtype=torch.long, device=precision.device)
+    generator = torch.Generator(precision.device).manual_seed(seed)
+    model = copy.deepcopy(model).to(precision.device, precision.dtype)
     ids = model.generate(ids, new_tokens, temperature, top_k, generator)
     return data.tokenizer.decode(ids[0].tolist())
 
@@ -1145,21 +946,12 @@ def out_folder(name, run="test"):
     return ROOT.parent / f"out-{'shakespeare' if name == 'shakespeare_char' else name}-{run}"
 
 
-def parse_command(arguments):
-    """The options of the command line; those of the configuration are TrainConfig's fields."""
-    parser = argparse.ArgumentParser(description="Train on a data set, also under torchrun.")
-    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a folder's name under data/")
-    parser.add_argument("--preset", choices=PRESETS, help="default: full with CUDA, else quick")
-    parser.add_argument("--fresh", action="store_true", help="start over where a run exists")
-    parser.add_argument("--out", help="the run's folder (default: the notebook's)")
-    parser.add_argument("--start_from", metavar="CKPT", help="initial weights")
-    group = parser.add_argument_group("configuration", "in place of the preset's values")
-    for field in fields(TrainConfig):
-        flag = {"type": field.type, "metavar": field.type.__name__}
-        if field.type is bool:
-            flag = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(f"--{field.name}", **flag)
-    return parser.parse_args(arguments)
+def print_progress(run):
+    """The view of the command line: a line per evaluation, and how the run ended."""
+    if run.status or run.history["evals"] and run.last["iter"] == run.step:
+        end = f"; {run.status}" if run.status else ""
+        loss = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
+        print(f"step {run.step:,} of {run.config.max_iters:,}: {loss}{end}.", flush=True)
 
 
 def train_command(options, device):
@@ -1172,18 +964,25 @@ def train_command(options, device):
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
-    where = {
-        "precision": choose_precision(device),
-        "view": None if rank() else LiveView(data.title),
-    }
-    folder, start = options.out or out_folder(data.name), options.start_from
-    model = make_model(config, data)
-    return train_model(model, data, config, folder, fresh=options.fresh, start_from=start, **where)
+    folder, view = options.out or out_folder(data.name), None if rank() else print_progress
+    how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
+    precision = choose_precision(device)
+    return train_model(make_model(config, data), data, config, folder, precision=precision, **how)
 
 
 def main(arguments=None):
     """`python helpers.py wikitext2`; returns the exit status, 130 after Ctrl-C."""
-    options = parse_command(arguments)
+    parser = argparse.ArgumentParser(description="Train on a data set, also under torchrun.")
+    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a folder's name under data/")
+    parser.add_argument("--preset", choices=PRESETS, help="default: full with CUDA, else quick")
+    parser.add_argument("--fresh", action="store_true", help="start over where a run exists")
+    parser.add_argument("--out", help="the run's folder (default: the notebook's)")
+    parser.add_argument("--start_from", metavar="CKPT", help="a checkpoint's weights to begin with")
+    for field in fields(TrainConfig):  # in place of the preset's values
+        flag = {"action": argparse.BooleanOptionalAction}
+        flag = flag if field.type is bool else {"type": field.type, "metavar": "N"}
+        parser.add_argument(f"--{field.name}", **flag)
+    options = parser.parse_args(arguments)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

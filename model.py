@@ -1,8 +1,8 @@
 """A GPT language model: pre-norm Transformer decoder with tied embeddings (Radford et al. 2019).
 
 Parameter names and shapes are those of nanoGPT, so that its checkpoints load with `strict=True`.
-Shapes in comments: B sequences, T positions, C embedding width, H heads, D head dimension,
-V vocabulary, S slots of the KV cache, N rows of any kind.
+In comments: B sequences, T positions, C embedding width, H heads, D head dimension, V vocabulary,
+S slots of the KV cache, N rows of any kind.
 """
 
 import contextlib
@@ -42,26 +42,16 @@ class GPTConfig:
         for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: give at least 1.")
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: every head needs "
-                "the same dimension, so choose n_embd as a multiple of n_head."
-            )
-        if self.rotary and self.head_dim % 2:
-            raise ValueError(
-                f"The head dimension is {self.head_dim}: rotary embedding rotates pairs, so choose "
-                "n_embd as an even multiple of n_head."
-            )
+        pairs = 2 if self.rotary else 1  # rotary embedding rotates pairs of channels
+        if self.n_embd % (pairs * self.n_head):
+            text = f"n_embd {self.n_embd} is not divisible by {pairs} x n_head {self.n_head}"
+            raise ValueError(f"{text}: choose n_embd as a multiple, so that all heads are alike.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: give at least 0 and below 1.")
 
     @property
     def head_dim(self):
-        """Width of one attention head."""
         return self.n_embd // self.n_head
-
-
-# ----- layers -----
 
 
 def rotary_angles(positions, head_dim):
@@ -79,14 +69,14 @@ def apply_rotary(x, rotary):
 
 
 def make_norm(config):
-    """The normalisation layer of a config."""
+    """RMSNorm or layer norm."""
     if config.rms_norm:
         return nn.RMSNorm(config.n_embd, elementwise_affine=False)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which no position sees a later one (Vaswani et al. 2017)."""
+    """Multi-head self-attention; no position sees a later one (Vaswani et al. 2017)."""
 
     def __init__(self, config):
         super().__init__()
@@ -95,28 +85,22 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, kv_cache=None):
-        """Residual stream (B, T, C) to this layer's addition to it, of the same shape."""
+    def forward(self, x, rotary=None, past=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, -1)
-        if self.config.qk_norm or rotary is not None:
-            q, k, v = qkv.unbind(2)  # (B, T, H, D)
-            qkv = torch.stack([self._place(q, rotary), self._place(k, rotary), v], dim=2)
-        if kv_cache is None:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-            dropout = self.config.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        else:
-            slots, positions, mask = kv_cache  # (B, S, 2, H, D), (T,), (T, S)
-            slots.index_copy_(1, positions, qkv[:, :, 1:])
-            k, v = slots.permute(2, 0, 3, 1, 4)  # (B, H, S, D)
-            y = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=mask)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
-
-    def _place(self, x, rotary):
+        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).unbind(2)  # (B, T, H, D)
         if self.config.qk_norm:
-            x = F.rms_norm(x, x.shape[-1:]).type_as(x)
-        return x if rotary is None else apply_rotary(x, rotary)
+            q, k = (F.rms_norm(part, part.shape[-1:]).type_as(v) for part in (q, k))
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        mask, dropout = None, self.config.dropout if self.training else 0.0
+        if past is not None:
+            slots, positions, mask = past  # (B, S, 2, H, D), (T,), (T, S)
+            slots.index_copy_(1, positions, torch.stack([k, v], dim=2))
+            k, v = slots.unbind(2)  # (B, S, H, D)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        causal = {"dropout_p": dropout, "is_causal": mask is None}
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **causal)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class MLP(nn.Module):
@@ -130,7 +114,6 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        """Residual stream (B, T, C) to this layer's addition to it."""
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
@@ -144,17 +127,16 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary=None, kv_cache=None):
-        """Residual stream (B, T, C) to the next layer's."""
-        x = x + self.attn(self.ln_1(x), rotary, kv_cache)
+    def forward(self, x, rotary=None, past=None):
+        x = x + self.attn(self.ln_1(x), rotary, past)
         return x + self.mlp(self.ln_2(x))
 
 
 class PointerHead(nn.Module):
     """Copies a token of the context: the pointer-sentinel mixture of Merity et al. (2016).
 
-    A token of the context is found by a key of the state at it plus one of the state before it, so
-    that a state can look for what once followed a state like itself.
+    A token is found by a key of the state at it plus one of the state before it, so that a state
+    can look for what once followed a state like itself.
     """
 
     def __init__(self, config):
@@ -163,12 +145,11 @@ class PointerHead(nn.Module):
         self.sentinel = nn.Linear(config.n_embd, 1)
 
     def forward(self, x, kv_cache=None, positions=None):
-        """Probabilities of copying (B, T, S) and of the vocabulary (B, T), together 1, for states x."""
+        """Probabilities of copying (B, T, S) and of the vocabulary (B, T), together 1."""
         query, key, next_key = self.c_attn(x).chunk(3, dim=-1)
         if kv_cache is None:
-            T = x.size(1)
             keys = key + F.pad(next_key, (0, 0, 1, -1))
-            mask = x.new_full((T, T), -math.inf).triu(1)
+            mask = x.new_full((x.size(1), x.size(1)), -math.inf).triu(1)
         else:
             keys, mask = kv_cache.add_keys(key, next_key, positions), kv_cache.mask[positions]
         scores = (query @ keys.mT).float() / math.sqrt(x.size(-1)) + mask
@@ -177,18 +158,14 @@ class PointerHead(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one context: a tensor (B, S, 2, H, D) per layer, and the causal mask (S, S).
-
-    With a pointer also the keys by which it finds tokens, (B, S + 1, C).
-    """
+    """Keys and values of a context, (B, S, 2, H, D) per layer, and the pointer's, (B, S + 1, C)."""
 
     def __init__(self, config, batch_size, weight):
-        size, like = config.block_size, {"dtype": autocast_dtype(weight), "device": weight.device}
+        size, like = config.block_size, {"dtype": weight.dtype, "device": weight.device}
         shape = (batch_size, size, 2, config.n_head, config.head_dim)
         self.layers = [torch.zeros(shape, **like) for _ in range(config.n_layer)]
         self.mask = torch.full((size, size), -math.inf, **like).triu(1)
-        if config.pointer:
-            self.keys = torch.zeros(batch_size, size + 1, config.n_embd, **like)
+        self.keys = torch.zeros(batch_size, size + 1, config.n_embd, **like)
 
     def add_keys(self, key, next_key, positions):
         """Adds the pointer's keys (B, T, C) at and after positions (T,); returns all (B, S, C)."""
@@ -197,26 +174,17 @@ class KVCache:
         return self.keys[:, :-1]
 
 
-# ----- the model -----
-
-
 class GPT(nn.Module):
-    """The language model: called, it gives logits or the training loss; `generate` continues a prompt."""
+    """The language model: gives logits or the training loss; `generate` continues a prompt."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                **(
-                    {} if config.rotary else {"wpe": nn.Embedding(config.block_size, config.n_embd)}
-                ),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": make_norm(config),
-            }
-        )
+        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        parts |= {} if config.rotary else {"wpe": nn.Embedding(config.block_size, config.n_embd)}
+        layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        parts |= {"drop": nn.Dropout(config.dropout), "h": layers, "ln_f": make_norm(config)}
+        self.transformer = nn.ModuleDict(parts)
         self.pointer = PointerHead(config) if config.pointer else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied (Press and Wolf 2017)
@@ -236,67 +204,47 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters, as nanoGPT counts: the position embedding only if asked for.
-
-        The token embedding always counts, since the tied output layer uses it.
-        """
+        """Number of parameters; like nanoGPT's, without the position embedding unless asked for."""
+        learned = "wpe" in self.transformer and non_embedding
         total = sum(parameter.numel() for parameter in self.parameters())
-        learned = non_embedding and not self.config.rotary
         return total - self.transformer.wpe.weight.numel() if learned else total
-
-    def hidden_matrices(self):
-        """The weight matrices of the layers: what Muon is for."""
-        return [parameter for parameter in self.transformer.h.parameters() if parameter.dim() == 2]
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, leave_out=()):
         """Fused AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only.
 
-        `learning_rate` may be a tensor, so that a captured step reads a rate that changes.
-        `leave_out` holds parameters that another optimizer has.
+        A tensor as `learning_rate` may change; `leave_out` is for another optimizer.
         """
         others = {id(parameter) for parameter in leave_out}
         parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in others]
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        options = {"fused": True, "capturable": device_type == "cuda"}
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **options)
+        matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}
+        vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+        options = {"betas": betas, "fused": True, "capturable": device_type == "cuda"}
+        return torch.optim.AdamW([matrices, vectors], lr=learning_rate, **options)
 
     def backbone(self, idx, kv_cache=None, positions=None):
-        """Token ids (B, T) to final states (B, T, C).
-
-        With a KVCache, `positions` (T,) says where in the context the tokens stand.
-        """
-        if idx.size(1) > self.config.block_size:
-            raise ValueError(
-                f"{idx.size(1)} tokens exceed the context of {self.config.block_size}: crop the input."
-            )
+        """Ids (B, T) to final states (B, T, C); with a KVCache, at its `positions` (T,)."""
+        T, limit = idx.size(1), self.config.block_size
+        if limit < T:
+            raise ValueError(f"{T} tokens exceed the context of {limit}: crop the input.")
         # sparse: the gradient of the batch's few rows is added to the output layer's dense one
-        x = F.embedding(idx, self.transformer.wte.weight, sparse=True)
-        where = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
-        rotary = rotary_angles(where, self.config.head_dim) if self.config.rotary else None
-        if rotary is None:
-            x = x + self.transformer.wpe(where)
+        x, rotary = F.embedding(idx, self.transformer.wte.weight, sparse=True), None
+        if self.config.rotary:
+            where = torch.arange(T, device=idx.device) if positions is None else positions
+            rotary = rotary_angles(where, self.config.head_dim)
+        else:
+            x = x + self.transformer.wpe.weight[slice(T) if positions is None else positions]
         x = self.transformer.drop(x)
+        mask = kv_cache and kv_cache.mask[positions]
         for layer, block in enumerate(self.transformer.h):
-            past = kv_cache and (kv_cache.layers[layer], positions, kv_cache.mask[positions])
-            x = block(x, rotary, past)
+            x = block(x, rotary, kv_cache and (kv_cache.layers[layer], positions, mask))
         return self.transformer.ln_f(x)
 
-    def output_weight(self):
-        """The output layer's matrix to multiply by: on CUDA in autocast's type and padded."""
-        return (
-            pad_vocab(self.lm_head.weight) if self.lm_head.weight.is_cuda else self.lm_head.weight
-        )
-
     def logits(self, x, weight=None, pointer=None, context=None):
-        """Logits (B, T, V) of states (B, T, C); `weight` is `output_weight()`, if made before.
+        """Logits (B, T, V) of states (B, T, C); `weight` is `pad_vocab`'s, if made before.
 
-        With the probabilities of a pointer into `context` (B, S), they are logarithms of the
-        mixture's probabilities.
+        With a pointer's probabilities over `context` (B, S), the logarithms of the mixture's.
         """
-        weight = self.output_weight() if weight is None else weight
+        weight = pad_vocab(self.lm_head.weight) if weight is None else weight
         logits = F.linear(x, weight)[..., : self.config.vocab_size]
         if pointer is None:
             return logits
@@ -306,28 +254,21 @@ class GPT(nn.Module):
         return probs.scatter_add(-1, ids, copy_probs).clamp(min=1e-30).log()
 
     def forward(self, idx, targets=None):
-        """Mean loss in nats of the targets (B, T) after ids (B, T); without targets, logits (B, T, V)."""
+        """Logits (B, T, V) after ids (B, T); with targets (B, T), the mean loss in nats instead."""
         if targets is not None:
             return self.token_losses(idx, targets, reduction="mean")
         x = self.backbone(idx)
         return self.logits(x, pointer=self.pointer and self.pointer(x), context=idx)
 
     def token_losses(self, idx, targets, chosen=None, reduction="none"):
-        """Losses in nats (N,) of the targets (B, T) after ids (B, T), one row after the other.
-
-        Logits that nobody reads are not kept. `chosen` (N,) indexes B * T targets; all by default.
-        """
+        """Losses in nats (N,) of the targets (B, T) after ids (B, T), or of those `chosen` (N,)."""
         x, targets = self.backbone(idx), targets.flatten()
-        pointer = self.pointer and self.pointer(x)
-        rows = x.flatten(0, 1)
-        if chosen is not None:
-            rows, targets = rows[chosen], targets[chosen]
-        if pointer is None:
+        pick = slice(None) if chosen is None else chosen
+        rows, targets = x.flatten(0, 1)[pick], targets[pick]
+        if self.pointer is None:
             return vocab_losses(rows, self.lm_head.weight, targets, reduction)
-        copy_probs, gate = (part.flatten(0, 1) for part in pointer)  # (B * T, S), (B * T,)
-        context = idx[:, None].expand(-1, idx.size(1), -1).flatten(0, 1)
-        if chosen is not None:
-            copy_probs, gate, context = copy_probs[chosen], gate[chosen], context[chosen]
+        copy_probs, gate = (part.flatten(0, 1)[pick] for part in self.pointer(x))  # (N, S), (N,)
+        context = idx[:, None].expand(-1, idx.size(1), -1).flatten(0, 1)[pick]
         copied = (copy_probs * (context == targets[:, None])).sum(-1)
         losses = vocab_losses(rows, self.lm_head.weight, targets)
         losses = -(copied + gate * torch.exp(-losses)).clamp(min=1e-30).log()
@@ -339,61 +280,50 @@ class GPT(nn.Module):
 
         Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones. Within the
         first context keys and values are cached; past it every position shifts with each token, so
-        that each is computed from its whole window. Raises ValueError for an empty prompt, an id
-        beyond the vocabulary, or senseless sampling settings.
+        that each is computed from its whole window. ValueError for what cannot be.
         """
         idx = self._checked_prompt(idx, max_new_tokens, temperature, top_k)
-        block, prompt = self.config.block_size, idx.size(1)
-        tokens = F.pad(idx, (0, max(max_new_tokens, block - prompt)))  # at least one context
-        last = torch.tensor(
-            [prompt - 1], device=idx.device
-        )  # the newest token's place, on the device
-        window = torch.arange(1 - block, 1, device=idx.device)
-        kv_cache, weight = KVCache(self.config, len(idx), self.lm_head.weight), self.output_weight()
+        (B, T), block, device = idx.shape, self.config.block_size, idx.device
+        tokens = F.pad(idx, (0, max(max_new_tokens, block - T)))  # at least one context
+        last = torch.tensor([T - 1], device=device)  # the newest token's place, on the device
+        window = torch.arange(1 - block, 1, device=device)
+        weight = pad_vocab(self.lm_head.weight)
+        kv_cache = KVCache(self.config, B, weight)
 
-        def append(x, context, pointer):
-            pointer = pointer and tuple(part[:, -1:] for part in pointer)
-            logits = self.logits(x[:, -1:], weight, pointer, context)
-            tokens.index_copy_(1, last + 1, sample(logits[:, -1], temperature, top_k, generator))
+        def append(new, context, kv_cache=None, positions=None):
+            x = self.backbone(new, kv_cache, positions)
+            pointer = self.pointer and self.pointer(x, kv_cache, positions)
+            pointer = pointer and [part[:, -1:] for part in pointer]
+            logits = self.logits(x[:, -1:], weight, pointer, context)[:, -1]
+            tokens.index_copy_(1, last + 1, sample(logits, temperature, top_k, generator))
             last.add_(1)
 
-        def from_cache(new, positions):
-            x = self.backbone(new, kv_cache, positions)
-            append(x, tokens[:, :block], self.pointer and self.pointer(x, kv_cache, positions))
+        def from_cache():
+            append(tokens.index_select(1, last), tokens[:, :block], kv_cache, last)
 
         def from_window():
             context = tokens.index_select(1, last + window)
-            x = self.backbone(context)
-            append(x, context, self.pointer and self.pointer(x))
+            append(context, context)
 
         with evaluating(self):
-            cached = max(0, min(max_new_tokens, block - prompt + 1))
+            cached = max(0, min(max_new_tokens, block - T + 1))
             if cached:
-                from_cache(idx, torch.arange(prompt, device=idx.device))
-                step = functools.partial(lambda: from_cache(tokens.index_select(1, last), last))
-                repeat(step, cached - 1, idx.device, generator)
-            repeat(from_window, max_new_tokens - cached, idx.device, generator)
-        return tokens[:, : prompt + max_new_tokens]
+                append(idx, tokens[:, :block], kv_cache, torch.arange(T, device=device))
+            repeat(from_cache, cached - 1, device, generator)
+            repeat(from_window, max_new_tokens - cached, device, generator)
+        return tokens[:, : T + max_new_tokens]
 
     def _checked_prompt(self, idx, max_new_tokens, temperature, top_k):
-        if idx.dim() != 2 or idx.numel() == 0:
-            raise ValueError(
-                f"The prompt has shape {tuple(idx.shape)}: give (B, T), both at least 1."
-            )
-        if idx.is_floating_point() or idx.min() < 0 or idx.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"The prompt's ids run from {idx.min().item()} to {idx.max().item()}, the model's "
-                f"vocabulary from 0 to {self.config.vocab_size - 1}: use the data set's tokenizer."
-            )
-        counts = (max_new_tokens, 1 if top_k is None else top_k - 1)
-        if (
-            not all(isinstance(n, int) and n >= 0 for n in counts)
-            or not 0 <= temperature < math.inf
-        ):
-            raise ValueError(
-                f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}: give a "
-                "count of at least 0, a number of at least 0, and a count of at least 1 or None."
-            )
+        if idx.dim() != 2 or idx.numel() == 0 or idx.is_floating_point():
+            raise ValueError(f"The prompt is {idx.dtype} {tuple(idx.shape)}: give ids (B, T).")
+        low, high, V = idx.min().item(), idx.max().item(), self.config.vocab_size
+        if low < 0 or high >= V:
+            text = f"The prompt's ids run from {low} to {high}, the vocabulary from 0 to {V - 1}"
+            raise ValueError(f"{text}: use the tokenizer of the model's data set.")
+        counts = [max_new_tokens, 1 if top_k is None else top_k - 1]
+        if not (all(isinstance(n, int) and n >= 0 for n in counts) and 0 <= temperature < math.inf):
+            text = f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}"
+            raise ValueError(f"{text}: give a count, a number of at least 0, and a count or None.")
         return idx.long()
 
 
@@ -415,25 +345,18 @@ def sample(logits, temperature, top_k, generator):
     """Draws token ids (B, 1) from logits (B, V), without waiting for the device."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    ids = None
-    if top_k is not None and top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k, sorted=False)
+    logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), sorted=False)
     # the largest logit / temperature - log(e), e ~ Exp(1), is a draw from their softmax (Gumbel's
     # trick); torch.multinomial would make the host wait
     noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log_()
-    drawn = torch.sub(logits, noise, alpha=temperature).argmax(-1, keepdim=True)
-    return drawn if ids is None else ids.gather(-1, drawn)
+    return ids.gather(-1, torch.sub(logits, noise, alpha=temperature).argmax(-1, keepdim=True))
 
 
 # ----- the optimizer of the hidden matrices -----
-
-
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024) with decoupled weight decay, for matrices.
+    """Orthogonalised momentum with decoupled weight decay, for matrices (Jordan et al. 2024).
 
-    PyTorch's own Muon reads the learning rate on the host, which no CUDA graph can hold. `lr` is a
-    tensor on the matrices' device; `lr_scale` says how much higher their rate is. A layer's
-    queries, keys and values count as three matrices.
+    Unlike PyTorch's own it reads its rate, `lr` times `lr_scale`, on the device, as a graph must.
     """
 
     found_inf = None  # set by a gradient scaler: such a step leaves everything as it is
@@ -444,7 +367,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Takes one step."""
         (group,) = self.param_groups
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
         for matrix in matrices:
@@ -462,22 +384,18 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
         by_shape = {}
         for matrix, direction in zip(matrices, nesterov, strict=True):
-            by_shape.setdefault(matrix.shape, []).append((matrix, direction))
-        for pairs in by_shape.values():
-            self._update(*zip(*pairs, strict=True), lr)
-
-    def _update(self, matrices, directions, lr):
-        """Moves matrices of one shape along their orthogonalised directions."""
-        parts = [_wide(direction) for direction in directions]
-        updates = newton_schulz(torch.cat(parts)).split([len(part) for part in parts])
-        rows, columns = matrices[0].shape
-        lr = lr * max(1, rows / columns / len(parts[0])) ** 0.5  # a tall matrix moves further
-        for matrix, update in zip(matrices, updates, strict=True):
-            _wide(matrix).sub_(update * lr)
+            by_shape.setdefault(matrix.shape, []).append((_wide(matrix), _wide(direction)))
+        for (rows, columns), pairs in by_shape.items():  # all of a shape at once
+            targets, directions = zip(*pairs, strict=True)
+            n = len(targets[0])
+            updates = newton_schulz(torch.cat(directions)).split(n)
+            scale = lr * max(1, rows / columns / n) ** 0.5  # a tall matrix moves further
+            for target, update in zip(targets, updates, strict=True):
+                target.sub_(update * scale)
 
 
 def _wide(matrix):
-    """Views (n, rows, columns), rows <= columns, of a matrix: three squares, or it, or its transpose."""
+    """Views (n, rows, columns) with rows <= columns; queries, keys, values are three matrices."""
     rows, columns = matrix.shape
     if rows == 3 * columns:
         return matrix.view(3, columns, columns)
@@ -493,22 +411,18 @@ def newton_schulz(matrices):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(
-            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
-        )
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x.to(matrices.dtype)
 
 
 # ----- CUDA graphs -----
-
-
 class CUDAGraphed:
     """Calls `step` again and again; on CUDA, after `warmup` calls, as one captured graph.
 
     `step` takes and returns nothing: it reads and writes tensors that stay where they are, and
-    never asks the device for a value. The first calls run eagerly, do real work and warm up what
-    capture needs. Where capture fails, `recover` is called, `reason` says why, and every call stays
-    eager: the results are the same, only slower.
+    never asks the device for a value. The first calls run eagerly and do real work. Where capture
+    fails, `reason` says why, `recover` is called, and every call stays eager.
     """
 
     def __init__(self, step, enabled, generator=None, warmup=3, recover=None):
@@ -553,51 +467,39 @@ def repeat(step, times, device, generator=None, warmup=0):
 
 
 # ----- cross-entropy over a large vocabulary -----
-
-# It is bound by memory: PyTorch's own writes the logits, and copies of them in float32. On a CPU a
-# few rows at a time stay in the cache; on CUDA two kernels read each row once for the loss, and
-# once more to overwrite it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
-
-
-def autocast_dtype(weight):
-    """The type of a product with `weight`: autocast's on CUDA where it is on, else its own."""
-    on = weight.is_cuda and torch.is_autocast_enabled("cuda")
-    return torch.get_autocast_dtype("cuda") if on else weight.dtype
+# Bound by memory: PyTorch's own writes copies of the logits in float32. On a CPU a few rows at a
+# time stay in the cache; on CUDA two kernels read each row for the loss, and once more to overwrite
+# it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
 
 
 def pad_vocab(weight):
-    """A matrix (V, C) in autocast's type, with zero rows up to a multiple of 64.
-
-    Tensor cores multiply several times slower where rows of the product begin at odd addresses.
-    """
-    rows, columns = weight.shape
-    dtype = autocast_dtype(weight)
-    padded = torch.zeros(rows + -rows % 64, columns, dtype=dtype, device=weight.device)
-    padded[:rows] = weight
+    """A matrix (V, C); on CUDA in autocast's type and padded to full speed, 64 rows at a time."""
+    if not weight.is_cuda:
+        return weight
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else weight.dtype
+    padded = weight.new_zeros(len(weight) + -len(weight) % 64, weight.size(1), dtype=dtype)
+    padded[: len(weight)] = weight
     return padded
 
 
 def vocab_losses(x, weight, targets, reduction="none"):
     """Cross-entropy of x (N, C) by weight (V, C) against targets (N,): (N,), or their mean."""
-    if torch.is_grad_enabled():
-        return _vocab_losses(x, weight, targets, reduction)
-    chunk = 8192 if x.is_cuda else 128  # as many logits as fit in a small GPU, or in a CPU's cache
-    pairs = zip(x.split(chunk), targets.split(chunk), strict=True)
-    losses = torch.cat([_vocab_losses(part, weight, wanted, "none") for part, wanted in pairs])
+    if not torch.is_grad_enabled() and len(x) > (rows := 8192 if x.is_cuda else 128):
+        parts = zip(x.split(rows), targets.split(rows), strict=True)  # for the memory, the cache
+        losses = torch.cat([vocab_losses(part, weight, wanted) for part, wanted in parts])
+    elif x.is_cuda and fused_loss_obstacle() is None:
+        losses = FusedCrossEntropy.apply(x, weight, targets)
+    elif not x.is_cuda and reduction == "mean" and len(weight) > 4096 and CHUNKED:
+        return F.linear_cross_entropy(x, weight, targets, options=CHUNKED)
+    else:
+        logits = F.linear(x, pad_vocab(weight))[:, : len(weight)]
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
     return losses.mean() if reduction == "mean" else losses
 
 
-def _vocab_losses(x, weight, targets, reduction):
-    if x.is_cuda and fused_loss_obstacle() is None:
-        losses = FusedCrossEntropy.apply(x, weight, targets)
-        return losses.mean() if reduction == "mean" else losses
-    chunked = hasattr(nn, "LinearCrossEntropyOptions")  # not yet in PyTorch 2.11
-    if chunked and reduction == "mean" and not x.is_cuda and len(weight) > 4096:
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=128)
-        return F.linear_cross_entropy(x, weight, targets, options=options)
-    logits = F.linear(x, pad_vocab(weight) if x.is_cuda else weight)[:, : len(weight)]
-    return F.cross_entropy(logits.float(), targets, reduction=reduction)
-
+# PyTorch 2.11 has no such options yet
+CHUNKED = getattr(nn, "LinearCrossEntropyOptions", lambda **options: None)(batch_chunk_size=128)
 
 if triton is not None:
 
@@ -609,10 +511,8 @@ if triton is not None:
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * width + column, mask=column < width, other=0.0).to(
-                tl.float32
-            )
-            z = tl.where(column < columns, z, -float("inf"))
+            place, inside = logits + row * width + column, column < columns
+            z = tl.load(place, mask=inside, other=-float("inf")).to(tl.float32)
             e = tl.exp(-tl.abs(z - largest))
             total = tl.where(z > largest, total * e + 1, total + e)
             largest = tl.maximum(largest, z)
@@ -628,41 +528,35 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         place = logits + row * width + column
-        z = tl.load(place, mask=column < width, other=0.0).to(tl.float32)
-        z = tl.where(column < columns, z, -float("inf"))
+        z = tl.load(place, mask=column < columns, other=-float("inf")).to(tl.float32)
         one_hot = tl.where(column == tl.load(targets + row), 1.0, 0.0)
         gradient = (tl.exp(z - tl.load(normalisers + row)) - one_hot) * tl.load(scales + row)
         tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Losses (N,) of `x @ weight.T` against targets (N,), x (N, C), weight (V, C), on CUDA.
-
-    In autocast's type. Backward runs once: it overwrites the logits by their gradient.
-    """
+    """Losses (N,) of x (N, C) by weight (V, C) against targets (N,) on CUDA, in autocast's type."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        """The losses; keeps the logits for `backward`."""
         padded = pad_vocab(weight)
         states = x.to(padded.dtype)
         logits = states @ padded.t()
-        rows, width = logits.shape
-        losses, normalisers = torch.empty(2, rows, device=x.device)
-        sizes = (len(weight), width)
-        _row_loss[(rows,)](logits, targets, losses, normalisers, *sizes, BLOCK=4096, num_warps=8)
+        losses, normalisers = torch.empty(2, len(x), device=x.device)
+        rows, sizes = (logits, targets, losses, normalisers), (len(weight), logits.size(1))
+        _row_loss[(len(x),)](*rows, *sizes, BLOCK=4096, num_warps=8)
         ctx.save_for_backward(states, padded, targets, logits, normalisers)
         ctx.columns, ctx.dtypes = len(weight), (x.dtype, weight.dtype)
         return losses
 
     @staticmethod
     def backward(ctx, scales):
-        """Gradients of x and weight for those of the losses (N,)."""
         states, padded, targets, logits, normalisers = ctx.saved_tensors
-        rows, width = logits.shape
-        grid, sizes = (rows, triton.cdiv(width, 4096)), (ctx.columns, width)
-        scales = scales.contiguous()
-        _row_gradient[grid](logits, targets, normalisers, scales, *sizes, BLOCK=4096, num_warps=8)
+        width = logits.size(1)
+        grid, sizes = (len(logits), triton.cdiv(width, 4096)), (ctx.columns, width)
+        rows = (logits, targets, normalisers, scales.contiguous())
+        # once only: the logits become their gradient
+        _row_gradient[grid](*rows, *sizes, BLOCK=4096, num_warps=8)
         weight_gradient = (logits.t() @ states)[: ctx.columns]
         return (logits @ padded).to(ctx.dtypes[0]), weight_gradient.to(ctx.dtypes[1]), None
 
@@ -670,14 +564,12 @@ class FusedCrossEntropy(torch.autograd.Function):
 @functools.cache
 def fused_loss_obstacle():
     """Why the fused loss cannot run on this machine's GPU; None if it can."""
-    if triton is None:
-        return "Triton is not installed"
-    try:  # compiles both kernels, which needs a C compiler and a GPU of capability 7.0 or later
+    try:  # compiles both kernels: needs Triton, a C compiler and compute capability 7.0
         with torch.enable_grad():
             x, weight = (torch.zeros(n, 16, device="cuda", requires_grad=True) for n in (2, 60))
             targets = torch.zeros(2, dtype=torch.int64, device="cuda")
             FusedCrossEntropy.apply(x, weight, targets).sum().backward()
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
     except Exception as error:  # compilers fail in many ways
-        return f"{type(error).__name__} from Triton"
+        return f"{type(error).__name__} from Triton" if triton else "Triton is not installed"
     return None

@@ -94,8 +94,6 @@ GPT2_FILES = (_gpt2("vocab.bpe", 456_318, VOCAB), _gpt2("encoder.json", 1_042_30
 
 
 # ----- reading -----
-
-
 def read(address: str):
     """Yield the bytes at a file path or a web address; Unavailable says why they do not come."""
     try:
@@ -103,7 +101,7 @@ def read(address: str):
             request = urllib.request.Request(address, headers={"User-Agent": USER_AGENT})
             stream = urllib.request.urlopen(request, timeout=TIMEOUT)
         else:
-            stream = open(address, "rb")
+            stream = open(address, "rb")  # noqa: SIM115
         with stream:
             while chunk := stream.read(CHUNK):
                 yield chunk
@@ -144,8 +142,6 @@ def sha256_of(path: Path) -> str:
 
 
 # ----- writing -----
-
-
 @contextmanager
 def atomic_write(target: Path):
     """Open a temporary file that takes the place of `target` at the end; an error leaves nothing.
@@ -192,8 +188,6 @@ def save(chunks, target: Path, source: Source, address: str) -> None:
 
 
 # ----- finding -----
-
-
 def _places(source: Source, raw: Path):
     """Yield (origin, address, chunks) in the order of trial; chunks are read when asked for."""
     yield "data/raw", str(raw / source.path), read(str(raw / source.path))

@@ -29,7 +29,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script, sys.path starts at this folder, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.dataset import FORMAT, CharTokenizer, Dataset, GPT2Tokenizer, Tokenizer, load
+from data.dataset import FORMAT, CharTokenizer, Dataset, GPT2Tokenizer, Tokenizer, load, meta_sum
 from data.fetch import (
     GPT2_FILES,
     SHAKESPEARE,
@@ -84,13 +84,13 @@ def prepare(name: str, *, allow_stand_in: bool = False, root: Path | str = ROOT)
 def prepare_text(
     source: Path | str, name: str | None = None, tokenizer: str = "gpt2", root: Path | str = ROOT
 ) -> Dataset:
-    """A set made of your own text under `root`, or the one that is there if its text is the same.
+    """A set made of your own text under `root`, or the one that is there of the same text.
 
     `source` is a UTF-8 file, a folder (all files in it and below, hidden ones left out) or a glob
     pattern; files follow one another by path, each but the last ended by a line end. `tokenizer`
-    is "gpt2" or "char". The set is called `name`, or else after the source; another own text of
-    this name is replaced. ValueError for a name or tokenizer that cannot be; DataError for a text
-    that is missing, empty, too short, not UTF-8, or changing.
+    is "gpt2" or "char". The set is called `name`, or after the source; another own text of this
+    name is replaced. ValueError for a name or tokenizer that cannot be; DataError for a text that
+    is missing, empty, too short, not UTF-8, or changing.
     """
     if tokenizer not in ("gpt2", "char"):
         raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
@@ -102,21 +102,17 @@ def prepare_text(
     def is_same(data: Dataset) -> bool:
         if data.meta["variant"] != "own":
             raise DataError(f"{folder} holds another kind of set: choose another name.")
-        return _is_of(data, {"text": digest}, tokenizer)
+        found = data.meta["source_sha256"], data.tokenizer.name
+        return found == ({"text": digest}, tokenizer)
 
     def make() -> None:
         made = _alphabet(chars) if tokenizer == "char" else _gpt2_tokenizer(root)
-        facts = {
-            "title": folder.name,
-            "variant": "own",
-            "source": Path(source).name,
-            "source_sha256": {"text": digest},
-            "licence": "not stated",
-            "split_rule": "contiguous: 90% of the characters train, the rest validates; cut after the "
-            "first blank line from there on, else after a line, else there",
-        }
+        rule = "90% of the characters train, the rest validates; cut at the next blank line, else"
+        rule += " line end, within 5% of the text, else there"
+        facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
+        facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
         texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
-        write_set(folder, texts, made, facts)
+        write_set(folder, texts, made, facts | {"split_rule": rule})
 
     return _open_or_make(folder, make, is_same)
 
@@ -149,19 +145,14 @@ def _intact(folder: Path) -> Dataset | None:
 
 
 # ----- the sets -----
-
-
 def _make_wikitext2(folder: Path, root: Path) -> None:
     """WikiText-2 v1: each file's exact text in GPT-2 BPE, `<unk>` and blank lines included."""
     found = {split: fetch(source, root / "raw") for split, source in WIKITEXT2.items()}
-    facts = {
-        "title": "WikiText-2",
-        "variant": "v1",
-        "licence": "CC BY-SA 3.0 and GFDL (Wikipedia contributors; collected by Merity et al. 2016)",
-        "split_rule": "the files' own train, validation and test parts",
-        "source": ", ".join(sorted({origin for _, origin in found.values()})),
-        "source_sha256": {source.path: source.sha256 for source in WIKITEXT2.values()},
-    }
+    licence = "CC BY-SA 3.0 and GFDL (Wikipedia contributors; Merity et al. 2016)"
+    facts = {"title": "WikiText-2", "variant": "v1", "licence": licence}
+    facts["split_rule"] = "the files' own train, validation and test parts"
+    facts["source"] = ", ".join(sorted({origin for _, origin in found.values()}))
+    facts["source_sha256"] = {source.path: source.sha256 for source in WIKITEXT2.values()}
     texts = ((split, path.read_bytes().decode()) for split, (path, _) in found.items())
     write_set(folder, texts, GPT2Tokenizer(root), facts)
 
@@ -170,14 +161,10 @@ def _make_shakespeare(folder: Path, root: Path) -> None:
     """Tiny Shakespeare by character: the first 90% of the characters train, the rest validates."""
     path, origin = fetch(SHAKESPEARE, root / "raw")
     text = path.read_bytes().decode()
-    facts = {
-        "title": "Tiny Shakespeare",
-        "variant": "char",
-        "licence": "public domain",
-        "split_rule": "contiguous: the first 90% of the characters train, the rest validates",
-        "source": origin,
-        "source_sha256": {SHAKESPEARE.path: SHAKESPEARE.sha256},
-    }
+    rule = "contiguous: the first 90% of the characters train, the rest validates"
+    facts = {"title": "Tiny Shakespeare", "variant": "char", "licence": "public domain"}
+    facts |= {"split_rule": rule, "source": origin}
+    facts["source_sha256"] = {SHAKESPEARE.path: SHAKESPEARE.sha256}
     write_set(folder, _divide(text, {"train": 90, "val": 10}), _alphabet(text), facts)
 
 
@@ -189,24 +176,17 @@ def _stand_in(name: str, root: Path) -> Dataset:
         folder, percent = root / "stand_in_gpt2", {"train": 80, "val": 10, "test": 10}
         with contextlib.suppress(Unavailable):  # without its files, by character as well
             tokenizer = _gpt2_tokenizer(root)
-    facts = {
-        "title": f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}",
-        "variant": "stand-in",
-        "stand_in": True,
-        "licence": "Python Software Foundation License",
-        "source": "pydoc_data.topics of this Python",
-        "source_sha256": {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()},
-        "split_rule": f"contiguous, percent of the characters: {percent}",
-    }
+    sums = {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()}
+    title = f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}"
+    facts = {"title": title, "variant": "stand-in", "stand_in": True, "source_sha256": sums}
+    facts["licence"] = "Python Software Foundation License"
+    facts["source"] = "pydoc_data.topics of this Python"
+    facts["split_rule"] = f"contiguous, percent of the characters: {percent}"
     return _open_or_make(
         folder,
         lambda: write_set(folder, _divide(text, percent), tokenizer, facts),
-        lambda data: _is_of(data, facts["source_sha256"], tokenizer.name),
+        lambda data: (data.meta["source_sha256"], data.vocab_size) == (sums, tokenizer.vocab_size),
     )
-
-
-def _is_of(data: Dataset, source_sha256: dict[str, str], tokenizer: str) -> bool:
-    return (data.meta["source_sha256"], data.tokenizer.name) == (source_sha256, tokenizer)
 
 
 def _gpt2_tokenizer(root: Path) -> GPT2Tokenizer:
@@ -223,16 +203,12 @@ def _refusal(name: str, root: Path, error: Exception, sources: Iterable[Source] 
     """The sentence that says which files to put where."""
     wikitext2 = (*WIKITEXT2.values(), *GPT2_FILES)
     sources = sources or (wikitext2 if name == "wikitext2" else [SHAKESPEARE])
-    files = ", ".join(source.path for source in sources)
-    return (
-        f"{name} cannot be prepared: put {files} under {root / 'raw'}, or set DATA_MIRROR to a "
-        f"folder or address that holds them under these names, since {error}."
-    )
+    files, raw = ", ".join(source.path for source in sources), root / "raw"
+    text = f"{name} cannot be prepared: put {files} under {raw}, or set DATA_MIRROR to a folder or"
+    return f"{text} address that holds them under these names, since {error}."
 
 
 # ----- texts -----
-
-
 def _alphabet(text: str) -> CharTokenizer:
     """All characters of the text, validation included, in code point order as in nanoGPT."""
     if len(set(text)) > 1 << 16:
@@ -269,18 +245,16 @@ def _divide(text: str, percent: dict[str, int]) -> Iterator[tuple[str, str]]:
 
 
 # ----- your own text -----
-
-
 def _set_name(source: Path | str, name: str | None, tokenizer: str) -> str:
     """The set's name: as given, or made from the source's. ValueError for one that cannot be."""
     if name is None:
         stem = re.sub(r"[^\w-]+", "_", Path(source).stem).strip("_") or "own"
         name = stem[:50] + "_char" * (tokenizer == "char")
     if not re.fullmatch(r"\w[\w.-]{,59}", name) or name in TAKEN:
-        raise ValueError(
-            f"A set cannot be called {name!r}: give a name of at most 60 letters, digits, - and _ "
-            f"that is none of {', '.join(TAKEN)}."
+        text = (
+            f"A set cannot be called {name!r}: give at most 60 letters, digits, - and _, but none"
         )
+        raise ValueError(f"{text} of {', '.join(TAKEN)}.")
     return name
 
 
@@ -297,9 +271,8 @@ def _find_files(source: Path | str) -> list[Path]:
             raise DataError(f"{source} matches no file: give a text file, a folder or a pattern.")
         files = [file for file in files if file.stat().st_size]
     except OSError as error:
-        raise DataError(
-            f"{source} cannot be read ({reason(error)}): check the path and its permissions."
-        ) from error
+        text = f"{source} cannot be read ({reason(error)}): check the path and its permissions."
+        raise DataError(text) from error
     if not files:
         raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
     return files
@@ -326,14 +299,11 @@ def _texts(files: list[Path]) -> Iterator[str]:
                     text = part
                     yield text
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,}): "
-                "convert it to UTF-8, or leave it out."
-            ) from None
+            text = f"{path} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,})"
+            raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be read ({reason(error)}): check its permissions."
-            ) from error
+            text = f"{path} cannot be read ({reason(error)}): check its permissions."
+            raise DataError(text) from error
         if path != files[-1] and not text.endswith("\n"):
             yield "\n"
 
@@ -341,8 +311,7 @@ def _texts(files: list[Path]) -> Iterator[str]:
 def _survey(files: list[Path]) -> tuple[str, str, int]:
     """The text's SHA-256, its different characters, and their number in all."""
     digest, chars, length = hashlib.sha256(), set(), 0
-    for text in _with_progress("reading", files):
-        digest.update(text.encode())
+    for text in _read("reading", files, digest):
         chars.update(text)
         length += len(text)
     return digest.hexdigest(), "".join(chars), length
@@ -351,20 +320,20 @@ def _survey(files: list[Path]) -> tuple[str, str, int]:
 def _unchanged(files: list[Path], sha256: str) -> Iterator[str]:
     """The texts once more; DataError at the end unless they are still what was surveyed."""
     digest = hashlib.sha256()
-    for text in _with_progress("encoding", files):
-        digest.update(text.encode())
-        yield text
+    yield from _read("encoding", files, digest)
     if digest.hexdigest() != sha256:
         raise DataError("The text changed while it was read: prepare it again once it stays.")
 
 
-def _with_progress(what: str, files: list[Path]) -> Iterator[str]:
-    """The texts, under a bar: in a terminal, silence in logs and in notebooks that are kept."""
+def _read(what: str, files: list[Path], digest) -> Iterator[str]:
+    """The texts, summed, under a bar: in a terminal, silence in logs and in notebooks."""
     total = sum(path.stat().st_size for path in files)
     with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for text in _texts(files):
+            content = text.encode()
+            digest.update(content)
+            bar.update(len(content))
             yield text
-            bar.update(len(text.encode()))
 
 
 def openings(data: Dataset, count: int = 3) -> tuple[str, ...]:
@@ -375,12 +344,10 @@ def openings(data: Dataset, count: int = 3) -> tuple[str, ...]:
 
 
 # ----- tokens -----
-
-
 def write_set(
     folder: Path, texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, facts: dict
 ) -> None:
-    """Write one .bin a split and meta.json; nothing is touched before all of it is known to be good.
+    """Write one .bin a split and meta.json; nothing is touched before all is known to be good.
 
     `texts` are (split, text) pairs, a split's own in a row; `facts` are meta.json's other fields.
     """
@@ -398,22 +365,19 @@ def write_set(
     if isinstance(tokenizer, CharTokenizer):
         meta["chars"] = tokenizer.chars
     with atomic_write(folder / "meta.json") as out:
-        out.write(json.dumps(meta, indent=1).encode())
+        out.write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
 
 
 def _check_sizes(name: str, entries: dict[str, dict]) -> None:
     for split, entry in entries.items():
-        known = TOKENS.get(name, {}).get(split, entry["tokens"])
-        if entry["tokens"] != known:
-            raise WrongBytes(
-                f"{name} {split} came to {entry['tokens']} tokens where {known} are right: install "
-                "the tiktoken of requirements.txt and prepare again."
-            )
-        if entry["tokens"] < 2 or entry["words"] <= entry["lines"]:
-            raise DataError(
-                f"The text is too short: its split {split} has {entry['tokens']} tokens and "
-                f"{entry['words'] - entry['lines']} words; give some thousand characters or more."
-            )
+        tokens, words = entry["tokens"], entry["words"] - entry["lines"]
+        known = TOKENS.get(name, {}).get(split, tokens)
+        if tokens != known:
+            text = f"{name} {split} came to {tokens} tokens where {known} are right: install the"
+            raise WrongBytes(f"{text} tiktoken of requirements.txt and prepare again.")
+        if tokens < 2 or words < 1:
+            text = f"The text is too short: its split {split} has {tokens} tokens and {words} words"
+            raise DataError(f"{text}; give some thousand characters or more.")
 
 
 def _write_split(out, texts: Iterable[str], tokenizer: Tokenizer) -> dict:
@@ -446,10 +410,11 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer):
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that encode as the whole does: cut before a blank after a visible character.
+    """The same text in pieces that encode as the whole does.
 
-    In GPT-2's pattern no token goes on from visible to blank, what it matches from there on
-    depends only on what comes after, and the matches before look no further ahead than the blank.
+    They are cut before a blank after a visible character. In GPT-2's pattern no token goes on from
+    one to the other, matches from there on depend only on what comes after, and those before look
+    no further ahead than the blank.
     """
     rest = ""
     for text in texts:
@@ -459,17 +424,13 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
             yield rest[: visible.end()]
             rest = rest[visible.end() :]
         if len(rest) > LONGEST:
-            raise DataError(
-                f"The text has {len(rest):,} characters without a blank, too many for GPT-2 BPE: "
-                "leave out what is no text, or prepare it by character."
-            )
+            text = f"The text has {len(rest):,} characters without a blank, too many for GPT-2 BPE"
+            raise DataError(f"{text}: leave out what is no text, or prepare it by character.")
     if rest:
         yield rest
 
 
 # ----- the command -----
-
-
 def _describe(data: Dataset) -> str:
     return "\n".join(
         f"{data.title}, {split}: {len(tokens):,} tokens ({data.tokenizer.name}), "
@@ -481,13 +442,10 @@ def _describe(data: Dataset) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Prepare data sets (see data/README.md).")
-    parser.add_argument(
-        "source", help=f"{', '.join(NAMES)}, all, or your text: a file, a folder or a pattern"
-    )
+    named = f"{', '.join(NAMES)}, all, or your text: a file, a folder or a pattern"
+    parser.add_argument("source", help=named)
     parser.add_argument("--name", help="of the set made of your text (default: the source's)")
-    parser.add_argument(
-        "--char", action="store_true", help="your text by character, not in GPT-2 BPE"
-    )
+    parser.add_argument("--char", action="store_true", help="your text by character, not GPT-2 BPE")
     options = parser.parse_args(arguments)
     names = NAMES if options.source == "all" else [options.source]
     if names[0] in NAMES and (options.name or options.char):
