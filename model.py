@@ -485,7 +485,7 @@ def pad_vocab(weight):
 
 def vocab_losses(x, weight, targets, reduction="none"):
     """Cross-entropy of x (N, C) by weight (V, C) against targets (N,): (N,), or their mean."""
-    if not torch.is_grad_enabled() and len(x) > (rows := 8192 if x.is_cuda else 128):
+    if not torch.is_grad_enabled() and len(x) > (rows := 8192 if x.is_cuda else 32):
         parts = zip(x.split(rows), targets.split(rows), strict=True)  # for the memory, the cache
         losses = torch.cat([vocab_losses(part, weight, wanted) for part, wanted in parts])
     elif x.is_cuda and fused_loss_obstacle() is None:
