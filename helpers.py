@@ -948,10 +948,11 @@ def out_folder(name, run="test"):
 
 def print_progress(run):
     """The view of the command line: a line per evaluation, and how the run ended."""
-    if run.status or run.history["evals"] and run.last["iter"] == run.step:
-        end = f"; {run.status}" if run.status else ""
+    if run.status:
+        print(f"{run.status}.", flush=True)
+    elif run.history["evals"] and run.last["iter"] == run.step:
         loss = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
-        print(f"step {run.step:,} of {run.config.max_iters:,}: {loss}{end}.", flush=True)
+        print(f"step {run.step:,} of {run.config.max_iters:,}: {loss}", flush=True)
 
 
 def train_command(options, device):
@@ -989,7 +990,8 @@ def main(arguments=None):
         with distributed() as device:
             return 130 if train_command(options, device).interrupted else 0
     except (CheckpointError, TrainingError, DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # said once by several processes
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped: run the command again to resume from what was saved.", file=sys.stderr)

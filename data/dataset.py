@@ -76,6 +76,8 @@ class CharTokenizer(Tokenizer):
         self.ids = {char: i for i, char in enumerate(chars)}
         if not chars or len(self.ids) != len(chars):
             raise ValueError("A CharTokenizer needs one or more characters, each once.")
+        self.table = np.zeros(ord(max(chars)) + 1, DTYPE)  # from code point to id
+        self.table[[ord(char) for char in chars]] = np.arange(len(chars))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the characters; ValueError names those that the alphabet lacks."""
@@ -87,6 +89,12 @@ class CharTokenizer(Tokenizer):
                 f"characters lacks: write it with these only: {self.chars[:100]!r}."
             )
         return [self.ids[char] for char in text]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as a uint16 array (N,), without the list in between."""
+        if not self.ids.keys() >= set(text):
+            self.encode(text)  # says what is unknown
+        return self.table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
 
     def decode(self, ids) -> str:
         """Text of the ids."""

@@ -45,7 +45,7 @@ from data.fetch import (
 )
 
 ROOT = Path(__file__).resolve().parent
-PIECE = 1 << 20  # bytes read at a time, and about what is encoded at a time
+PIECE = 1 << 18  # characters read, and about as many encoded, at a time
 LONGEST = 1 << 25  # characters without a blank that GPT-2's encoding can hold in memory
 LAST_VISIBLE = re.compile(r"(?s).*\S(?=[ \n])")  # up to the last place where `_pieces` may cut
 
@@ -279,14 +279,18 @@ def _find_files(source: Path | str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, links followed; OSError for a folder that cannot be read."""
+    """The files in a folder and below, each folder once; OSError for one that cannot be read."""
 
     def refuse(error: OSError):
         raise error
 
+    seen = set()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in files if not name.startswith("."))
+        again = os.path.realpath(parent) in seen  # a link that leads back
+        seen.add(os.path.realpath(parent))
+        folders[:] = [] if again else [name for name in folders if not name.startswith(".")]
+        visible = [] if again else [name for name in files if not name.startswith(".")]
+        yield from (Path(parent, name) for name in visible)
 
 
 def _texts(files: list[Path]) -> Iterator[str]:
@@ -295,17 +299,22 @@ def _texts(files: list[Path]) -> Iterator[str]:
         text = ""
         try:
             with open(path, encoding="utf-8", newline="") as file:
-                while part := file.read(PIECE):
+                while part := _read_text(file):
                     text = part
                     yield text
-        except UnicodeDecodeError as error:
-            text = f"{path} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,})"
-            raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
         except OSError as error:
             text = f"{path} cannot be read ({reason(error)}): check its permissions."
             raise DataError(text) from error
         if path != files[-1] and not text.endswith("\n"):
             yield "\n"
+
+
+def _read_text(file) -> str:
+    try:
+        return file.read(PIECE)
+    except UnicodeDecodeError as error:
+        text = f"{file.name} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,})"
+        raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
 
 
 def _survey(files: list[Path]) -> tuple[str, str, int]:
@@ -339,8 +348,9 @@ def _read(what: str, files: list[Path], digest) -> Iterator[str]:
 def openings(data: Dataset, count: int = 3) -> tuple[str, ...]:
     """A few words from `count` places of the validation split: prompts that fit the text."""
     text = data.tokenizer.decode(data.splits["val"][: PIECE // 4])
-    places = (len(text) * i // count for i in range(count))
-    return tuple(" ".join(text[place : place + 80].split()[1:7]) or text[place] for place in places)
+    near = (text[len(text) * i // count :][:100] for i in range(count))
+    found = ((re.search(r"\s(\S+(?:\s\S+){0,5})", part), part) for part in near)
+    return tuple(match[1] if match else part[:20] for match, part in found)
 
 
 # ----- tokens -----

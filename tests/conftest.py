@@ -1,99 +1,76 @@
-"""Fixtures of the model, training and evaluation tests: a tiny corpus, tiny settings, and models of both."""
+"""Fixtures of the model, training and evaluation tests: a tiny data set, configuration and models.
+
+python -m pytest tests
+
+The fault table at the end of a run with FAULTS_LONG=1 is made here.
+"""
 
 import contextlib
 import os
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import Settings, make_model
+from data.dataset import CharTokenizer, load
+from data.prepare import write_set
+from helpers import TrainConfig, make_model
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # models this small run faster without threads
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """What `helpers` reads of a data set; made with `dataclasses.replace` into others."""
-
-    name: str
-    title: str
-    stand_in: bool
-    fingerprint: str
-    vocab_size: int
-    splits: dict
-    bytes: dict
-    words: dict
-    first_context: int
-    tokenizer: object
-
-
 @pytest.fixture(scope="session")
-def corpus():
-    """A few hundred short sentences by character, with the structure of language: words, order, line ends."""
+def corpus(tmp_path_factory):
+    """A prepared set of short sentences by character: words, their order and line ends."""
     rng = np.random.default_rng(7)
-    parts = ("the a", "old red small", "dog cat bird hen", "sees hears likes", "the a", "tree house river bird")
-    texts = {
-        split: "".join(" ".join(rng.choice(part.split()) for part in parts) + "\n" for _ in range(sentences))
-        for split, sentences in (("train", 150), ("val", 20), ("test", 20))
-    }
-    chars = sorted(set("".join(texts.values())))
-    ids = {char: i for i, char in enumerate(chars)}
-    tokenizer = SimpleNamespace(
-        name="char",
-        vocab_size=len(chars),
-        encode=lambda text: [ids[char] for char in text],
-        decode=lambda tokens: "".join(chars[i] for i in tokens),
-    )
-    return Corpus(
-        name="tiny",
-        title="Tiny sentences",
-        stand_in=False,
-        fingerprint="0123456789abcdef",
-        vocab_size=len(chars),
-        splits={split: np.array(tokenizer.encode(text), dtype=np.uint16) for split, text in texts.items()},
-        bytes={split: len(text.encode()) for split, text in texts.items()},
-        words={split: len(text.split()) + text.count("\n") for split, text in texts.items()},
-        first_context=ids["\n"],
-        tokenizer=tokenizer,
-    )
+    parts = ("the a", "old red small", "dog cat bird hen", "sees hears likes", "the a", "tree den")
+    sentences = [" ".join(rng.choice(part.split()) for part in parts) + "\n" for _ in range(190)]
+    texts = {"train": sentences[:150], "val": sentences[150:170], "test": sentences[170:]}
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    folder.mkdir()
+    facts = {"title": "Tiny sentences", "variant": "own", "source": "none", "licence": "none"}
+    facts |= {"source_sha256": {}, "split_rule": "by sentences"}
+    tokenizer = CharTokenizer("".join(sorted(set("".join(sentences)))))
+    write_set(folder, ((split, "".join(lines)) for split, lines in texts.items()), tokenizer, facts)
+    return load(folder)
 
 
 @pytest.fixture
-def settings():
-    """A run of well under a second that still has dropout, warm-up, clipping, accumulation and evaluations."""
-    return Settings(
-        batch_size=4, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.1, learning_rate=1e-2, min_lr=1e-3,
-        max_iters=20, warmup_iters=3, gradient_accumulation_steps=2, eval_interval=5, eval_iters=3,
-    )  # fmt: skip
+def config():
+    """A run of well under a second, with dropout, warm-up, clipping, micro-steps, evaluations."""
+    shape = dict(batch_size=4, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
+    rate = dict(learning_rate=1e-2, min_lr=1e-3, max_iters=20, warmup_iters=3)
+    rest = dict(gradient_accumulation_steps=2, eval_interval=5, eval_iters=3)
+    return TrainConfig(**shape, **rate, **rest)
 
 
 @pytest.fixture
-def model(settings, corpus):
+def model(config, corpus):
     """The untrained model of that run."""
-    return make_model(settings, corpus)
+    return make_model(config, corpus)
 
 
-# what the report switches on beyond the plan, one by one and all together
-SWITCHES = [{"rotary": True}, {"qk_norm": True}, {"squared_relu": True}, {"rms_norm": True}, {"pointer": True}]
-SWITCHES.append({name: True for switch in SWITCHES for name in switch})
+# the architecture options that nanoGPT has not, one by one and all together
+OPTIONS = [{"rotary": True}, {"qk_norm": True}, {"squared_relu": True}, {"rms_norm": True}]
+OPTIONS.append({"pointer": True})
+OPTIONS.append({name: True for option in OPTIONS for name in option})
 
 
-@pytest.fixture(params=[{}, *SWITCHES], ids=lambda switches: "+".join(switches) or "plan")
+@pytest.fixture(params=[{}, *OPTIONS], ids=lambda options: "+".join(options) or "plain")
 def switches(request):
+    """Each choice of architecture options in turn, as keywords of GPTConfig."""
     return request.param
 
 
 @pytest.fixture
 def lively():
-    """Makes a small model whose weights are so large that its predictions are far from uniform."""
+    """Makes a small model with weights so large that its predictions are far from uniform."""
 
-    def make(vocab_size=23, block_size=12, n_layer=2, n_head=2, n_embd=16, bias=True, seed=0, scale=0.4, dropout=0.0, **switches):
+    def make(vocab_size=23, block_size=12, seed=0, scale=0.4, **options):
+        shape = dict(n_layer=2, n_head=2, n_embd=16, dropout=0.0) | options
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias, **switches))
+        model = GPT(GPTConfig(vocab_size, block_size, **shape))
         for parameter in model.parameters():
             parameter.data += scale * torch.randn_like(parameter)
         return model.eval()
@@ -111,7 +88,7 @@ def cuda():
 
 @pytest.fixture
 def fault(record_property):
-    """`with fault("kill -9"):` around each time a fault is tried; it held if the block raises nothing."""
+    """`with fault("kill -9"):` around each trial; it held if the block raises nothing."""
 
     @contextlib.contextmanager
     def attempt(name):
@@ -126,7 +103,7 @@ def fault(record_property):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The long version of test_faults.py ends with the table of what was tried, as counted."""
+    """Ends the long version of test_faults.py with a table of what was tried, as counted."""
     if os.environ.get("FAULTS_LONG", "0") in ("", "0"):
         return
     tried = {}
@@ -134,6 +111,8 @@ def pytest_terminal_summary(terminalreporter):
         for name, value in report.user_properties:
             if name == "fault" and report.when == "call":
                 tried.setdefault(value[0], []).append(value[1])
-    rows = [f"| {name} | {len(held)} | {'all' if all(held) else sum(held)} |" for name, held in tried.items()]
-    if rows:
-        terminalreporter.write_line("\n".join(["", "| fault | times tried | held |", "| --- | --- | --- |", *rows]))
+    if tried:
+        terminalreporter.write_line("\n| fault | times tried | held |\n| --- | --- | --- |")
+    for name, held in tried.items():
+        count = "all" if all(held) else sum(held)
+        terminalreporter.write_line(f"| {name} | {len(held)} | {count} |")

@@ -1,91 +1,150 @@
-"""Measures what the report shows as kept results, and writes them to .results: `python tests/study.py`.
+"""Measures what the report shows as cached results, and writes them to .results.
 
-The steps from the plan's models to those beyond it, one after the other, and the sensitivity study; on a GPU, in
-minutes. Everything is scored on validation splits alone.
+    python tests/study.py                              both, on a GPU in some minutes
+    python tests/study.py --only ladder                from the baselines to the improved models
+    python tests/study.py --only sensitivity           one hyperparameter changed at a time
+    python tests/study.py --preset smoke --out FOLDER  to try it; on a CPU minutes per row
+
+Losses are of the whole validation split: in the ladder the best checkpoint's in sliding windows, in
+the sensitivity study the last step's in non-overlapping ones. A file is {"environment": {...},
+"rows": [...]}, and `pd.DataFrame(rows)` its table.
 """
 
 import argparse
+import json
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.dataset import load
+import helpers
+from data.fetch import atomic_write
 from data.prepare import NAMES, prepare
-from helpers import (
-    Run, choose_precision, choose_preset, made_by, make_model, read_results, score_split, sensitivity_study, train_model,
-    write_results,
-)  # fmt: skip
+
+RESULTS = Path(__file__).resolve().parent.parent / ".results"
+SHARE = 0.2  # of the baseline's tokens, for each run of the sensitivity study
+SEEDS = (1337, 1338)
+STUDIED = {
+    "learning_rate": (3e-4, 1e-3, 3e-3),
+    "batch_size": (6, 12, 24),
+    "n_embd": (192, 384, 576),
+    "block_size": (128, 256, 512),
+    "dropout": (0.0, 0.1, 0.3),
+}
 
 
-def ladder(start, end, changes):
-    """(what was changed, Settings) from `start` on, each step keeping the ones before; checks that it comes to `end`."""
-    settings = start
-    for change, fields in changes:
-        settings = replace(settings, **fields)
-        yield change, settings
-    rest = {f for f in vars(end) if getattr(settings, f) != getattr(end, f)} - {"compile", "eval_interval", "eval_iters"}
-    assert not rest, f"the steps leave out {rest}"
-
-
-def measure(data, settings, precision, change):
-    """One step's row: validation loss of the best checkpoint by sliding windows, and the seconds of its training."""
+def score(data, config, precision, which, stride=None):
+    """The Score of a run's `best` or `last` weights, and the seconds of its steps."""
     with tempfile.TemporaryDirectory() as folder:
-        history = train_model(make_model(settings, data), data, settings, folder, precision=precision)
-        run = Run(data, settings, history, folder, "black")
-        score = score_split(run.load("best", precision.device), data, "val", settings.sliding_stride)
-    words = score.word_perplexity if data.tokenizer.name != "char" else None
-    row = dict(data=data.title, change=change, loss=score.loss, word_perplexity=words, seconds=run.last["seconds"], seed=settings.seed)
-    print(row, flush=True)
-    return row
+        model = helpers.make_model(config, data)
+        run = helpers.train_model(model, data, config, folder, precision=precision)
+        if run.interrupted:
+            raise KeyboardInterrupt
+        model = run.load(which, precision.device)
+        return helpers.evaluate(model, data, "val", stride), run.seconds
 
 
-def steps(preset, datasets, precision):
-    """Rows of every step but each text's first and last, which the report itself measures."""
-    (text, play), (end_text, end_play) = datasets, preset.beyond
-    switches = [
-        ("rotary positions, no biases", dict(rotary=True, bias=False)),
-        ("normalised queries and keys", dict(qk_norm=True)),
-        ("squared ReLU", dict(squared_relu=True)),
-        ("RMSNorm", dict(rms_norm=True)),
-        (f"Muon for the blocks' matrices, last rate {end_text.min_lr:g}", dict(muon_factor=20.0, min_lr=end_text.min_lr)),
-    ]
-    tuned = ("batch_size", "block_size", "dropout", "learning_rate", "muon_factor", "warmup_iters", "max_iters", "compile", "eval_iters")
-    nano = dict(batch_size=end_play.batch_size, learning_rate=1e-3, min_lr=1e-4, dropout=0.2, max_iters=min(2500, end_play.max_iters),
-                warmup_iters=100, bias=False)  # fmt: skip
-    rest = {f: getattr(end_play, f) for f in vars(end_play)}
-    longer = (f"{end_text.batch_size} sequences of {end_text.block_size:,} tokens a batch, dropout {end_text.dropout:g}, "
-              f"rate {end_text.learning_rate:g}, {end_text.max_iters:,} steps")  # fmt: skip
-    text_changes = [*switches, (longer, {f: getattr(end_text, f) for f in tuned}), ("pointer", dict(pointer=end_text.pointer))]
-    play_changes = [(f"{end_play.batch_size} sequences a batch, rate 1e-3, dropout 0.2, no biases", nano), ("", rest)]
-    quick = dict(eval_interval=max(1, preset.wikitext2.max_iters // 5), eval_iters=min(50, preset.wikitext2.eval_iters))
-    often = dict(eval_interval=max(1, end_play.max_iters // 12), eval_iters=min(50, preset.shakespeare.eval_iters))
-    for data, start, end, changes, pace in ((text, preset.wikitext2, end_text, text_changes, quick), (play, preset.shakespeare, end_play, play_changes, often)):
-        for change, settings in list(ladder(start, end, changes))[:-1]:
-            yield measure(data, replace(settings, **pace), precision, change)
+# ----- the ladder -----
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="record")
-    parser.add_argument("--only", choices=("steps", "sensitivity"))
-    arguments = parser.parse_args()
-    precision, preset, began = choose_precision(), choose_preset(arguments.preset), time.time()
-    datasets = [load(prepare(name, allow_stand_in=not preset.needs_real_data)) for name in NAMES]
-    if arguments.only != "sensitivity":
-        end = preset.beyond[1]
-        last = {"WikiText-2": "a pointer;", "Tiny Shakespeare": f"the switches above and Muon, dropout {end.dropout:g}, "
-                f"decay {end.weight_decay:g}, {end.max_iters:,} steps;"}  # fmt: skip
-        results = {"made by": made_by(precision), "last": last, "steps": []}
-        for row in steps(preset, datasets, precision):
-            results["steps"].append(row)
-            write_results("steps.json", results)
-    if arguments.only != "steps":
-        write_results("sensitivity.json", sensitivity_study(datasets, (preset.wikitext2, preset.shakespeare), precision))
-        print(len(read_results("sensitivity.json")["rows"]), "results of the sensitivity study")
-    print(f"{time.time() - began:.0f} s")
+def improved_configs(preset):
+    """The preset's improved models; without any, those of `record` in its baseline's sizes."""
+    sizes = ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "max_iters")
+    sizes += ("warmup_iters", "eval_interval", "eval_iters", "compile")
+    small = {name: getattr(preset.wikitext2, name) for name in sizes}
+    return preset.improved or [replace(c, **small) for c in helpers.PRESETS["record"].improved]
+
+
+def ladder_configs(preset):
+    """Per data set (step, config) from the baseline to the improved model, each on the last's."""
+    text, play = improved_configs(preset)
+    steps = {"rotary position embedding, no biases": {"rotary": True, "bias": False}}
+    steps |= {"QK-norm": {"qk_norm": True}, "squared ReLU": {"squared_relu": True}}
+    steps |= {"RMSNorm without gain": {"rms_norm": True}}
+    muon = f"Muon for the hidden matrices, final learning rate {text.min_lr:g}"
+    steps |= {muon: {"muon_lr_scale": 20.0, "min_lr": text.min_lr}}
+    texts = [("baseline", preset.wikitext2)]
+    for step, changes in steps.items():
+        texts.append((step, replace(texts[-1][1], **changes)))
+    longer = f"batch size {text.batch_size}, context {text.block_size:,}, dropout {text.dropout:g}"
+    longer += f", learning rate {text.learning_rate:g}, {text.max_iters:,} steps"
+    texts.append((longer, replace(text, pointer=False)))
+    texts.append(("pointer-sentinel mixture", text))
+    own = {"batch_size": play.batch_size, "max_iters": play.max_iters, "bias": False}
+    own |= {"learning_rate": 1e-3, "min_lr": 1e-4, "dropout": 0.2}
+    plays = [("baseline", preset.shakespeare)]
+    first = f"batch size {play.batch_size}, learning rate 0.001, dropout 0.2, no biases"
+    plays.append((first, replace(plays[0][1], **own, warmup_iters=play.warmup_iters)))
+    last = f"the options above and Muon, dropout {play.dropout:g}, weight decay"
+    plays.append((f"{last} {play.weight_decay:g}, {play.max_iters:,} steps", play))
+    return texts, plays
+
+
+def ladder(datasets, preset, precision):
+    """Yields a row per step."""
+    for data, configs in zip(datasets, ladder_configs(preset), strict=True):
+        for step, config in configs:
+            stride = max(1, config.block_size // 4)
+            found, seconds = score(data, config, precision, "best", stride)
+            row = {"data": data.title, "step": step, "loss": found.loss, "word_perplexity": None}
+            if data.unit == "token":
+                row["word_perplexity"] = found.word_perplexity
+            yield row | {"seconds": seconds, "seed": config.seed}
+
+
+# ----- sensitivity -----
+
+
+def one_away(config):
+    """Yields (parameter, value, config) for each studied value, at the same number of tokens."""
+    budget = SHARE * config.max_iters * config.tokens_per_step
+    for parameter, value in ((name, value) for name in STUDIED for value in STUDIED[name]):
+        changes = {parameter: value}
+        if parameter == "learning_rate":
+            changes["min_lr"] = value * config.min_lr / config.learning_rate
+        if parameter == "n_embd":  # heads keep their width
+            changes["n_head"] = max(1, round(value * config.n_head / config.n_embd))
+        changed = replace(config, **changes)
+        steps = max(1, round(budget / changed.tokens_per_step))
+        schedule = {"max_iters": steps, "eval_interval": steps, "eval_iters": 2}
+        schedule["warmup_iters"] = round(steps * config.warmup_iters / config.max_iters)
+        yield parameter, value, replace(changed, **schedule)
+
+
+def sensitivity(datasets, preset, precision):
+    """Yields a row per value and seed; what stands in the middle is trained once."""
+    for data, baseline in zip(datasets, (preset.wikitext2, preset.shakespeare), strict=True):
+        known = {}
+        for parameter, value, changed in one_away(baseline):
+            for config in (replace(changed, seed=seed) for seed in SEEDS):
+                if config not in known:
+                    known[config] = score(data, config, precision, "last")
+                found, seconds = known[config]
+                row = {"data": data.title, "unit": data.unit, "parameter": parameter}
+                row |= {"value": value, "seed": config.seed, "steps": config.max_iters}
+                row["tokens"] = config.max_iters * config.tokens_per_step
+                yield row | {"loss": found.loss, "seconds": seconds}
+
+
+STUDIES = {"ladder": ladder, "sensitivity": sensitivity}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=helpers.PRESETS, default="record")
+    parser.add_argument("--only", choices=STUDIES, help="default: both")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    precision, preset = helpers.choose_precision(), helpers.choose_preset(options.preset)
+    datasets = [prepare(name, allow_stand_in=not preset.needs_real_data) for name in NAMES]
+    for name in [options.only] if options.only else STUDIES:
+        results = {"environment": helpers.describe_machine(precision), "rows": []}
+        for row in STUDIES[name](datasets, preset, precision):
+            results["rows"].append(row)
+            print(row, flush=True)
+            with atomic_write(options.out / f"{name}.json") as file:
+                file.write((json.dumps(results, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

