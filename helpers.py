@@ -285,9 +285,9 @@ def estimate_loss(model, tokens, config, precision):
 
 @dataclass(frozen=True)
 class Score:
-    """A whole split evaluated once: `nats` is the sum over every token."""
+    """A whole split, every token evaluated once."""
 
-    nats: float
+    nats: float  # sum
     tokens: int
     bytes: int
     words: int  # including one <eos> per line
@@ -391,7 +391,7 @@ def dynamic_evaluation(model, data, split, lr, precision, n_tokens=None):
 
 def evaluate_baselines(data, split):
     """Scores of uniform, unigram and bigram models of the training split, by name."""
-    sizes = (len(data.splits[split]), data.bytes[split], data.words[split])
+    sizes = len(data.splits[split]), data.bytes[split], data.words[split]
     return {name: Score(nats, *sizes) for name, nats in ngram_nats(data, split).items()}
 
 
@@ -631,8 +631,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state, step):
-        """Puts a saved state in place, of a run that has taken `step` steps."""
-        self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.by_name.items():
             optimizer.load_state_dict(state[name])
         for group in self.optimizers.param_groups:  # the file holds a copy, perhaps of a CPU's
@@ -670,9 +669,9 @@ class TrainingError(RuntimeError):
 
 
 def out_of_memory(error):
-    """Whether an error says that a device's or the machine's memory does not suffice."""
-    kinds = torch.OutOfMemoryError | MemoryError
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that the memory of a device or of the machine does not suffice."""
+    short = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return short or "DefaultCPUAllocator" in str(error)
 
 
 class Interrupts:
@@ -840,7 +839,6 @@ class Run:
         return saved
 
     def load(self, which="best", device="cpu"):
-        """The model of the `best` or the `last` checkpoint."""
         path = self.folder / {"best": "ckpt.pt", "last": "last.pt"}[which]
         return load_model(path, device, self.data.vocab_size, self.identity)
 
@@ -950,9 +948,9 @@ def print_progress(run):
     """The view of the command line: a line per evaluation, and how the run ended."""
     if run.status:
         print(f"{run.status}.", flush=True)
-    elif run.history["evals"] and run.last["iter"] == run.step:
-        loss = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
-        print(f"step {run.step:,} of {run.config.max_iters:,}: {loss}", flush=True)
+    elif run.last["iter"] == run.step:
+        losses = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
+        print(f"step {run.step:,} of {run.config.max_iters:,}: {losses}", flush=True)
 
 
 def train_command(options, device):

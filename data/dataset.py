@@ -18,15 +18,11 @@ DTYPE = np.dtype("<u2")  # uint16, little-endian on every machine
 
 # ----- tokenizers -----
 class Tokenizer:
-    """Text to ids and back: `encode(text)` gives a list of ids, `decode(ids)` the text."""
+    """`encode(text)` gives a list of ids, `encode_array` a uint16 array (N,), `decode(ids)` text."""
 
     name: str  # as in meta.json
     unit: str  # what one id stands for
     vocab_size: int
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a uint16 array (N,)."""
-        return np.array(self.encode(text), dtype=DTYPE)
 
     def checked(self, ids) -> list[int]:
         """Ids of any sequence as ints; ValueError for one outside the vocabulary."""
@@ -58,7 +54,6 @@ class GPT2Tokenizer(Tokenizer):
         return self.encoding.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a uint16 array (N,), without the list in between."""
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(DTYPE)
 
     def decode(self, ids) -> str:
@@ -91,7 +86,6 @@ class CharTokenizer(Tokenizer):
         return [self.ids[char] for char in text]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a uint16 array (N,), without the list in between."""
         if not self.ids.keys() >= set(text):
             self.encode(text)  # says what is unknown
         return self.table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
@@ -175,7 +169,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: prepare the data with data/prepare.py.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise unusable(path, error, f"is not readable JSON ({reason(error)})") from error
+        raise damaged(path, f"is not readable JSON ({reason(error)})", error) from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise damaged(path, f"is not of format {FORMAT}")
     if meta.get("sha256") != meta_sum(meta):
@@ -192,7 +186,7 @@ def _open_split(folder: Path, entry: dict[str, Any], meta: dict[str, Any]) -> np
             raise damaged(path, f"has {size} bytes, its {entry['tokens']} tokens need {needed}")
         digest, tokens = sha256_of(path), np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
-        raise unusable(path, error, f"cannot be read ({reason(error)})") from error
+        raise damaged(path, f"cannot be read ({reason(error)})", error) from error
     if digest != entry["sha256"]:
         raise damaged(path, f"has SHA-256 {digest}, meta.json says {entry['sha256']}")
     if tokens.max() >= meta["vocab_size"]:
@@ -200,16 +194,11 @@ def _open_split(folder: Path, entry: dict[str, Any], meta: dict[str, Any]) -> np
     return tokens
 
 
-def damaged(path: Path, what: str) -> DataError:
-    """The error for a file of a prepared folder that cannot be used."""
-    return DataError(f"{path} {what}: delete the folder {path.parent} and prepare the data again.")
-
-
-def unusable(path: Path, error: Exception, what: str) -> DataError:
-    """The error for a file that may not be read, or else is damaged."""
+def damaged(path: Path, what: str, error: Exception | None = None) -> DataError:
+    """The error for a file of a prepared folder that cannot be used, or may not be read."""
     if isinstance(error, PermissionError):
         return DataError(f"{path} may not be read: change its permissions, or its folder's.")
-    return damaged(path, what)
+    return DataError(f"{path} {what}: delete the folder {path.parent} and prepare the data again.")
 
 
 def _make_tokenizer(meta: dict[str, Any], folder: Path) -> Tokenizer:

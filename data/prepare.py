@@ -286,11 +286,11 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        again = os.path.realpath(parent) in seen  # a link that leads back
+        if os.path.realpath(parent) in seen:  # a link that leads back
+            folders[:], files = [], []
         seen.add(os.path.realpath(parent))
-        folders[:] = [] if again else [name for name in folders if not name.startswith(".")]
-        visible = [] if again else [name for name in files if not name.startswith(".")]
-        yield from (Path(parent, name) for name in visible)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
 def _texts(files: list[Path]) -> Iterator[str]:
@@ -441,14 +441,6 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 # ----- the command -----
-def _describe(data: Dataset) -> str:
-    return "\n".join(
-        f"{data.title}, {split}: {len(tokens):,} tokens ({data.tokenizer.name}), "
-        f"{data.bytes[split]:,} bytes, {data.words[split]:,} words, from {data.meta['source']}"
-        for split, tokens in data.splits.items()
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Prepare data sets (see data/README.md).")
@@ -463,8 +455,12 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = "char" if options.char else "gpt2"
     try:
         for name in names:
-            own = name not in NAMES
-            print(_describe(prepare_text(name, options.name, tokenizer) if own else prepare(name)))
+            data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
+            for split, tokens in data.splits.items():
+                counts = (
+                    f"{len(tokens):,} tokens, {data.bytes[split]:,} bytes, {data.words[split]:,}"
+                )
+                print(f"{data.title}, {split}: {counts} words, from {data.meta['source']}")
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
