@@ -631,7 +631,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state, step):
-            self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.by_name.items():
             optimizer.load_state_dict(state[name])
         for group in self.optimizers.param_groups:  # the file holds a copy, perhaps of a CPU's

@@ -121,12 +121,10 @@ class Dataset:
 
     @property
     def unit(self) -> str:
-        """What one id stands for: token or character."""
         return self.tokenizer.unit
 
     @property
-    def final_split(self) -> str:
-        """The split that final figures are of: test where there is one, else val."""
+    def final_split(self) -> str:  # that final figures are of
         return "test" if "test" in self.splits else "val"
 
     @property

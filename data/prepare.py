@@ -458,9 +458,10 @@ def main(arguments: list[str] | None = None) -> int:
             data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
             for split, tokens in data.splits.items():
                 counts = (
-                    f"{len(tokens):,} tokens, {data.bytes[split]:,} bytes, {data.words[split]:,}"
+                    f"{len(tokens):,} tokens ({data.tokenizer.name}), {data.bytes[split]:,} bytes"
                 )
-                print(f"{data.title}, {split}: {counts} words, from {data.meta['source']}")
+                words = f"{data.words[split]:,} words, from {data.meta['source']}"
+                print(f"{data.title}, {split}: {counts}, {words}")
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

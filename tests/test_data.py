@@ -293,9 +293,7 @@ STAND_INS += [("shakespeare_char", [SHAKESPEARE.path], "stand_in_char", PERCENT)
 
 
 @pytest.mark.parametrize("name, files, folder, percent", STAND_INS)
-def test_stand_in_says_what_it_is_and_never_bears_the_real_name(
-    tmp_path, name, files, folder, percent
-):
+def test_stand_in_never_bears_the_real_name(tmp_path, name, files, folder, percent):
     with refused(*files, tmp_path / "raw", "DATA_MIRROR", error=Unavailable):
         prepare(name, root=tmp_path)
     assert files_under(tmp_path) == []
@@ -425,9 +423,7 @@ def test_text_that_changes_while_it_is_read_is_refused(own, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["a.txt", "c.txt"])
-@pytest.mark.parametrize(
-    "rest", [b"\xff" + CONTENT, b"\xc3"], ids=["wrong byte", "half a character"]
-)
+@pytest.mark.parametrize("rest", [b"\xff" + CONTENT, b"\xc3"], ids=["wrong byte", "half a letter"])
 def test_bad_utf8_names_the_file_and_about_where(tmp_path, name, rest):
     good = play(5000).encode()
     texts = put(tmp_path, "texts/b.txt", play()).parent
@@ -525,7 +521,8 @@ def test_openings_are_words_of_the_validation_split(own, text):
         assert data.tokenizer.decode(data.tokenizer.encode(prompt)) == prompt
 
 
-LARGE = "import os, sys; os.cpu_count = lambda: 16; import data.prepare as p; p.prepare_text(*sys.argv[1:])"
+LARGE = "import os, sys, data.prepare; os.cpu_count = lambda: 16; "
+LARGE += "data.prepare.prepare_text(*sys.argv[1:])"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to see a process's memory")
