@@ -18,7 +18,7 @@ DTYPE = np.dtype("<u2")  # uint16, little-endian on every machine
 
 # ----- tokenizers -----
 class Tokenizer:
-    """`encode(text)` gives a list of ids, `encode_array` a uint16 array (N,), `decode(ids)` text."""
+    """`encode(text)` gives a list of ids, `encode_array` a uint16 array, `decode(ids)` the text."""
 
     name: str  # as in meta.json
     unit: str  # what one id stands for

@@ -200,7 +200,6 @@ def _gpt2_tokenizer(root: Path) -> GPT2Tokenizer:
 
 
 def _refusal(name: str, root: Path, error: Exception, sources: Iterable[Source] = ()) -> str:
-    """The sentence that says which files to put where."""
     wikitext2 = (*WIKITEXT2.values(), *GPT2_FILES)
     sources = sources or (wikitext2 if name == "wikitext2" else [SHAKESPEARE])
     files, raw = ", ".join(source.path for source in sources), root / "raw"
@@ -457,11 +456,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name in names:
             data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
             for split, tokens in data.splits.items():
+                size, words = data.bytes[split], data.words[split]
                 counts = (
-                    f"{len(tokens):,} tokens ({data.tokenizer.name}), {data.bytes[split]:,} bytes"
+                    f"{len(tokens):,} tokens ({data.tokenizer.name}), {size:,} bytes, {words:,}"
                 )
-                words = f"{data.words[split]:,} words, from {data.meta['source']}"
-                print(f"{data.title}, {split}: {counts}, {words}")
+                print(f"{data.title}, {split}: {counts} words, from {data.meta['source']}")
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
