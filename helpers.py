@@ -114,8 +114,7 @@ class Preset:
     top_k: int = 40
 
 
-def make_presets():
-    """The presets by name."""
+def _make_presets():
     full = TrainConfig()
     small = dict(block_size=64, n_layer=4, n_head=4, n_embd=64, dropout=0.0, warmup_iters=30)
     small |= dict(learning_rate=3e-3, min_lr=3e-4, max_iters=300, eval_interval=50, eval_iters=20)
@@ -137,7 +136,7 @@ def make_presets():
     return {preset.name: preset for preset in (report, record, quick, smoke)}
 
 
-PRESETS = make_presets()
+PRESETS = _make_presets()
 
 
 def choose_preset(name=None):
@@ -443,7 +442,8 @@ def load_checkpoint(path, identity=None):
         code = isinstance(error, pickle.UnpicklingError)
         text = "it holds more than plain values" if code else reason(error).splitlines()[0]
         raise CheckpointError(f"{path} is not a whole checkpoint ({text}): {advice}.") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+    whole = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
+    if not whole or identity and not isinstance(checkpoint.get("iter_num"), int):
         raise CheckpointError(f"{path} is no checkpoint of a GPT of this kind: {advice}.")
     there = checkpoint.get("identity")
     differing = _differing(there if isinstance(there, dict) else {}, identity or {})
@@ -830,10 +830,10 @@ class Run:
 
     def _saved_state(self):
         last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
-        if not last.exists():
+        if not os.path.exists(last):  # False as well where the folder cannot be entered
             return None
         saved, kept = (load_checkpoint(path, self.identity) for path in (last, best))
-        ahead = kept.get("iter_num", 0) > saved.get("iter_num", 0)  # killed between the two writes:
+        ahead = kept["iter_num"] > saved["iter_num"]  # from a kill between the two writes:
         if not ahead and kept.get("best_val_loss") != saved.get("best_val_loss"):  # comes past it
             raise CheckpointError(f"{best} is not the best state of the run in {last}: {FRESH}.")
         return saved
