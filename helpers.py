@@ -682,11 +682,11 @@ class Interrupts:
 
     def __enter__(self):
         self.received, self.previous = None, {}
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        numbers, hangup = {signal.SIGINT, signal.SIGTERM}, getattr(signal, "SIGHUP", None)
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # under nohup it stays ignored
+            numbers.add(hangup)
         if threading.current_thread() is threading.main_thread():
-            for number in numbers:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                    self.previous[number] = signal.signal(number, self.note)
+            self.previous = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def note(self, number, frame):

@@ -118,6 +118,7 @@ def nursery():
 def train_in_child(pipe, source, folder, deadly=None, stand_in=False, kill=None, **options):
     """Trains; sends each step's number, and how it ended. What is not foreseen exits with 1."""
     torch.set_num_threads(1)
+    signal.signal(HANGUP, signal.SIG_DFL)  # which nohup would have ignored
     pid, calls = os.getpid(), itertools.count()
     if deadly:
         break_writes(pytest.MonkeyPatch(), *deadly, partial(os.kill, pid, signal.SIGKILL))
@@ -236,7 +237,8 @@ def python(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, *map(str, arguments)]
-    with subprocess.Popen(command, cwd=ROOT.parent, env=environment, **pipes) as process:
+    heard = {"preexec_fn": lambda: signal.signal(HANGUP, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=ROOT.parent, env=environment, **pipes, **heard) as process:
         try:
             yield process
         finally:
@@ -365,7 +367,6 @@ def other_weights(folder):
 FOREIGN = {
     "text": lambda folder: b"not a checkpoint\n" * 100,
     "zip of nothing": lambda folder: b"PK\5\6" + bytes(18),
-    "page of HTML": lambda folder: b"<!doctype html><title>404</title>",
     "torch file of a list": lambda folder: torch_file([1, 2]),
     "torch file of another dict": lambda folder: torch_file({"epoch": 3, "state_dict": {}}),
     "bare state dict": lambda folder: torch_file(saved(folder)["model"]),
@@ -659,7 +660,8 @@ def test_number_that_is_not_finite(corpus, finished, tmp_path, monkeypatch, faul
         rng.choice(list(model.parameters())).register_hook(poisoned)
     else:
         monkeypatch.setattr(helpers.Optimizers, "step", move_and_poison)
-    with fault(f"{where} that is not finite, at a random step"):
+    verb = "are" if where == "weights" else "is"
+    with fault(f"{where} that {verb} not finite, at a random step"):
         named = f"At step {step} ", f"rate {helpers.get_lr(step - 1, CONFIG):.2e}", "kept"
         refused(partial(train, corpus, tmp_path, model=model), *named, kind=TrainingError)
         monkeypatch.undo()
