@@ -649,8 +649,7 @@ class Trainer:
 
 def compile_layers(model, precision, batch_size):
     """Compiles the layers in place, one for all since they are alike; returns what prevents it."""
-    shape = (batch_size, model.config.block_size)
-    idx = torch.zeros(shape, dtype=torch.int64, device=precision.device)
+    idx = torch.zeros(batch_size, model.config.block_size).long().to(precision.device)
     for layer in model.transformer.h:
         layer.compile()
     try:
@@ -751,7 +750,7 @@ class Run:
 
     @property
     def waited(self):
-        return self.waited_before + time.perf_counter() - self.began
+        return self.waited_before + (time.perf_counter() - self.began if self.began else 0.0)
 
     def due_for_evaluation(self):
         evaluated = self.history["evals"] and self.last["iter"] == self.step
@@ -830,8 +829,9 @@ class Run:
 
     def _saved_state(self):
         last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
-        if not os.path.exists(last):  # False as well where the folder cannot be entered
-            return None
+        with contextlib.suppress(OSError):  # which reading says in one sentence
+            if not last.exists():
+                return None
         saved, kept = (load_checkpoint(path, self.identity) for path in (last, best))
         ahead = kept["iter_num"] > saved["iter_num"]  # from a kill between the two writes:
         if not ahead and kept.get("best_val_loss") != saved.get("best_val_loss"):  # comes past it
@@ -843,7 +843,7 @@ class Run:
         return load_model(path, device, self.data.vocab_size, self.identity)
 
     def end(self, interrupted, trainer):
-        self.interrupted = interrupted
+        self.interrupted, self.waited_before, self.began = interrupted, self.waited, None
         skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
@@ -940,7 +940,7 @@ def generate_text(
 
 
 def out_folder(name, run="test"):
-    """Where the notebook and the command keep the run on the data set of this name."""
+    """The folder of the notebook's and the command's run on the data set of this name."""
     return ROOT.parent / f"out-{'shakespeare' if name == 'shakespeare_char' else name}-{run}"
 
 

@@ -220,8 +220,7 @@ def test_kill_9_while_saving(nursery, corpus, finished, tmp_path, fault, stage, 
 def test_signal_at_a_random_moment(nursery, corpus, finished, tmp_path, fault, number, seed):
     """Nothing but the start and the signal make this run write."""
     with fault(f"{signal.Signals(number).name} at a random moment"):
-        rng = random.Random(2000 + seed)
-        status, sent = signalled(corpus, tmp_path, number, rng, save_seconds=1000)
+        status, sent = signalled(corpus, tmp_path, number, random.Random(seed), save_seconds=1000)
         step = saved(tmp_path)["iter_num"]
         if number == signal.SIGINT:
             assert status == 0 and sent[-1] == f"returned after {step}", (status, sent[-1:])
