@@ -538,6 +538,8 @@ class Trainer:
     def __init__(self, model, data, config, precision, resident=None):
         self.model, self.config, self.precision = model, config, precision
         device, cuda, alone = precision.device, precision.device.type == "cuda", world_size() == 1
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         self.tokens = {s: load_tokens(data.splits[s], device, resident) for s in ("train", "val")}
         for name, tokens in self.tokens.items():
             if len(tokens) <= config.block_size:
@@ -674,10 +676,7 @@ def out_of_memory(error):
 
 
 class Interrupts:
-    """While entered, the first interrupt, termination or hang-up is only noted, to end at a step.
-
-    A second one acts at once. Outside the main thread, which alone can catch signals, all do.
-    """
+    """While entered, the first interrupt, termination or hang-up is only noted; a second acts."""
 
     def __enter__(self):
         self.received, self.previous = None, {}
@@ -831,6 +830,8 @@ class Run:
         last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
         with contextlib.suppress(OSError):  # which reading says in one sentence
             if not last.exists():
+                if best.exists():  # which must be of this run to be overwritten
+                    load_checkpoint(best, self.identity)
                 return None
         saved, kept = (load_checkpoint(path, self.identity) for path in (last, best))
         ahead = kept["iter_num"] > saved["iter_num"]  # from a kill between the two writes:
@@ -868,13 +869,12 @@ def train_model(
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
     `model` then holds the weights of the last step. `start_from` is a checkpoint to take initial
-    weights from, as for fine-tuning. `view(run)` is called after evaluations and between steps.
-    Called again it resumes from `last.pt`, or only loads a finished run; `fresh=True` starts over.
-    An interrupt, a termination or a hang-up ends at a step boundary, saves and returns (the last
-    two then take their course); else unsaved work is at most `save_seconds` and one evaluation
-    interval. Under torchrun all processes call this alike, within `distributed()`. Raises
-    CheckpointError for a checkpoint of another run, TrainingError for a loss that is not finite
-    and where the memory does not suffice.
+    weights from. `view(run)` is called after evaluations and between steps. Called again it resumes
+    from `last.pt`, or only loads a finished run; `fresh=True` starts over. An interrupt, a
+    termination or a hang-up ends at a step boundary, saves and returns (the last two then take
+    their course); else unsaved work is at most `save_seconds` and one evaluation interval. Under
+    torchrun all processes call this alike, within `distributed()`. Raises CheckpointError and
+    TrainingError.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
