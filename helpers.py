@@ -399,7 +399,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used, and what to do about it."""
 
 
-FRESH = "train again with fresh=True (--fresh on the command line), which replaces it"
+FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
 
 def save_checkpoint(path, checkpoint):
@@ -728,7 +728,8 @@ class Run:
         self.history = {"evals": [], "step_loss": [], "step_grad_norm": []}
         self.seconds, self.waited_before, self.began = 0.0, 0.0, time.perf_counter()
         self.resumed_at, self.interrupted, self.status = 0, None, None
-        self.best_state, self.saved_step, self.saved_at = None, None, time.monotonic()
+        self.best_state, self.best_saved = None, None  # the best checkpoint, and what ckpt.pt holds
+        self.saved_step, self.saved_at = None, time.monotonic()
 
     @property
     def step(self):
@@ -795,20 +796,24 @@ class Run:
         return state | facts | {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
 
     def save(self, trainer, every=0.0):
-        """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
+        """Writes both files if the last time is `every` seconds ago, and at once before step 1.
+
+        last.pt is the whole run, the best weights too: whatever comes between, ckpt.pt follows it.
+        """
         recent = self.step and time.monotonic() - self.saved_at < every
-        if rank() or recent or self.step == self.saved_step:
+        if rank() or recent:
             return
-        self.save_best()  # first: were the last newer, resuming would never write the best again
-        state = trainer.state_dict() | {"history": self.history}
-        state |= {"seconds": self.seconds, "waited": self.waited}
-        save_checkpoint(self.folder / "last.pt", self._checkpoint(state, trainer))
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        if self.step != self.saved_step:
+            state = trainer.state_dict() | {"history": self.history, "best": self.best_state}
+            state |= {"seconds": self.seconds, "waited": self.waited}
+            save_checkpoint(self.folder / "last.pt", self._checkpoint(state, trainer))
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.save_best()
 
     def save_best(self):
-        if self.best_state is not None:
+        if not rank() and self.best_state and _evaluation(self.best_state) != self.best_saved:
             save_checkpoint(self.folder / "ckpt.pt", self.best_state)
-            self.best_state = None
+            self.best_saved = _evaluation(self.best_state)
 
     def restore(self, trainer):
         """Resumes from last.pt, if there is one, to the same end as a run never stopped."""
@@ -819,6 +824,7 @@ class Run:
             trainer.load_state_dict(saved, saved["iter_num"])
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.history = {key: list(saved["history"][key]) for key in self.history}
+            self.best_state = dict(saved["best"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
@@ -829,14 +835,13 @@ class Run:
     def _saved_state(self):
         last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
         with contextlib.suppress(OSError):  # which reading says in one sentence
+            if best.exists() and not last.exists():
+                raise CheckpointError(f"{best} lies there without its last.pt: {FRESH}.")
             if not last.exists():
-                if best.exists():  # which must be of this run to be overwritten
-                    load_checkpoint(best, self.identity)
                 return None
-        saved, kept = (load_checkpoint(path, self.identity) for path in (last, best))
-        ahead = kept["iter_num"] > saved["iter_num"]  # from a kill between the two writes:
-        if not ahead and kept.get("best_val_loss") != saved.get("best_val_loss"):  # comes past it
-            raise CheckpointError(f"{best} is not the best state of the run in {last}: {FRESH}.")
+        saved = load_checkpoint(last, self.identity)
+        if best.exists():  # else it is written again
+            self.best_saved = _evaluation(load_checkpoint(best, self.identity))
         return saved
 
     def load(self, which="best", device="cpu"):
@@ -852,6 +857,10 @@ class Run:
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)
+
+
+def _evaluation(checkpoint):
+    return checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
 
 
 def train_model(

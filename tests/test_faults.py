@@ -387,7 +387,7 @@ def test_foreign_file_in_place_of_a_checkpoint(corpus, copied, fault, kind, name
 
 
 PARTS = ["model", "optimizer", "scaler", "rng", "model_args", "identity", "iter_num"]
-PARTS += ["best_val_loss", "history", "seconds", "waited"]
+PARTS += ["best", "history", "seconds", "waited"]
 
 
 @each("part", PARTS)
@@ -403,22 +403,32 @@ def test_checkpoint_without_one_of_its_parts(corpus, copied, finished, fault, pa
             refused(lambda: train(corpus, copied), "last.pt", "fresh=True", unchanged=copied)
 
 
-def test_best_checkpoint_missing(corpus, copied, fault):
-    """It cannot be made again without training, so the sentence says how."""
-    with fault("best checkpoint missing, or of another run"):
+@each("there", [None, "of other steps", "not reached again"])
+def test_best_checkpoint_is_written_again_from_the_last(corpus, copied, finished, fault, there):
+    """As after a kill between the two writes, also where a GPU repeats itself only nearly."""
+    with fault("best checkpoint missing, or of other steps"):
+        best = saved(copied, "ckpt.pt")
         (copied / "ckpt.pt").unlink()
-        refused(lambda: train(corpus, copied), copied / "ckpt.pt", unchanged=copied)
+        if there:
+            ahead = {"best_val_loss": 0.1} if there == "not reached again" else {"iter_num": STEPS}
+            torch.save(best | {"iter_num": 1} | ahead, copied / "ckpt.pt")
+        assert train(corpus, copied).status.startswith("loaded")
+        assert_same_files(copied, finished)
+
+
+def test_best_checkpoint_without_the_last_is_not_overwritten(corpus, copied, fault):
+    with fault("best checkpoint missing, or of other steps"):
+        (copied / "last.pt").unlink()
+        refused(lambda: train(corpus, copied), "ckpt.pt", "move it away", unchanged=copied)
 
 
 def test_kill_9_between_the_two_files_of_a_fresh_run(nursery, corpus, copied, finished, fault):
-    """The new run's untrained weights must not pass for the best of the old one."""
-    with fault("best checkpoint missing, or of another run"):
+    """The old run's best weights must not pass for those of the new one."""
+    with fault("best checkpoint missing, or of other steps"):
         with child(corpus.folder, copied, deadly=("after the rename", 0), fresh=True) as (_, sent):
             list(sent)
-        assert saved(copied, "ckpt.pt")["iter_num"] == 0 and saved(copied)["iter_num"] == STEPS
-        refused(lambda: train(corpus, copied), copied / "ckpt.pt", "fresh=True", unchanged=copied)
-        train(corpus, copied, fresh=True)
-        assert_same_files(copied, finished)
+        assert saved(copied)["iter_num"] == 0 and saved(copied, "ckpt.pt")["iter_num"] > 0
+        resumes_to_the_same_end(corpus, copied, finished)
 
 
 FORMS = {"pickle": pickle.dumps, "torch zip": torch_file}

@@ -340,8 +340,9 @@ def test_checkpoints_hold_the_run_as_plain_values(unbroken, config, corpus, mode
     last, best = saved(unbroken), saved(unbroken, "ckpt.pt")
     shared = {"model", "model_args", "identity", "iter_num", "best_val_loss"}
     assert best.keys() == shared, "the best weights stand there with more than names them"
-    state = {"optimizer", "scaler", "rng", "cuda_rng", "history", "seconds", "waited"}
+    state = {"optimizer", "scaler", "rng", "cuda_rng", "history", "seconds", "waited", "best"}
     assert last.keys() == shared | state
+    assert not differences(last["best"], best)
     for checkpoint in (last, best):
         assert checkpoint["model_args"] == asdict(model.config)
         assert asdict(config).items() <= checkpoint["identity"].items()
