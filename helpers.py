@@ -2,8 +2,8 @@
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while the imports below run ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports run: no traceback at Ctrl-C
 
 import argparse
 import contextlib
@@ -195,9 +195,11 @@ def world_size():
 @contextlib.contextmanager
 def distributed():
     """Joins the processes that torchrun started, if any; yields this one's device, or None."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield None
         return
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("WORLD_SIZE is set and LOCAL_RANK is not: start the command by torchrun.")
     # imported later, its functions would keep the group as a default argument past its end
     import torch.distributed.nn.functional  # noqa: F401
 
@@ -676,24 +678,31 @@ def out_of_memory(error):
 
 
 class Interrupts:
-    """While entered, the first interrupt, termination or hang-up is only noted; a second acts."""
+    """While entered, the first interrupt, termination or hang-up is only noted; a second acts.
+
+    At the end a termination or hang-up takes its course. What is ignored, as under nohup, stays so.
+    """
 
     def __enter__(self):
         self.received, self.previous = None, {}
-        numbers, hangup = {signal.SIGINT, signal.SIGTERM}, getattr(signal, "SIGHUP", None)
-        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # under nohup it stays ignored
-            numbers.add(hangup)
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.note) for number in numbers}
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):
         self.received = number
-        self.__exit__()
+        self.put_back()
 
-    def __exit__(self, *error):
+    def put_back(self):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def __exit__(self, *error):
+        self.put_back()
+        if self.received not in (None, signal.SIGINT):
+            signal.raise_signal(self.received)
 
     def __call__(self):
         """Whether any process has received one: all ask at the same steps, and stop together."""
@@ -853,7 +862,8 @@ class Run:
         skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
-        notes = [INTERRUPTED if interrupted else text, *trainer.obstacles]
+        stopped = interrupted and not self.finished
+        notes = [INTERRUPTED if stopped else text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)
@@ -913,8 +923,6 @@ def train_model(
         text = f"batch_size {config.batch_size} and block_size {config.block_size} need more memory"
         text += f" than {precision.device} has: lower batch_size, and raise"
         raise TrainingError(f"{text} gradient_accumulation_steps to keep the tokens per step.")
-    if run.interrupted not in (None, signal.SIGINT):
-        signal.raise_signal(run.interrupted)  # what it would have done, now that work is saved
     return run
 
 
@@ -955,11 +963,14 @@ def out_folder(name, run="test"):
 
 def print_progress(run):
     """The view of the command line: a line per evaluation, and how the run ended."""
-    if run.status:
-        print(f"{run.status}.", flush=True)
-    elif run.last["iter"] == run.step:
-        losses = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
-        print(f"step {run.step:,} of {run.config.max_iters:,}: {losses}", flush=True)
+    losses = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
+    try:
+        if run.status:
+            print(f"{run.status}.", flush=True)
+        elif run.last["iter"] == run.step:
+            print(f"step {run.step:,} of {run.config.max_iters:,}: {losses}", flush=True)
+    except OSError:  # from here on nobody reads: a closed terminal or pipe ends no run
+        sys.stdout = io.StringIO()
 
 
 def train_command(options, device):

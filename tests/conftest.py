@@ -7,6 +7,7 @@ The fault table at the end of a run with FAULTS_LONG=1 is made here.
 
 import contextlib
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from helpers import TrainConfig, make_model
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # models this small run faster without threads
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 
 
 @pytest.fixture(scope="session")

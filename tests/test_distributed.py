@@ -295,6 +295,14 @@ def test_the_command_refuses_in_one_sentence(run_command, tmp_path, capsys, line
     assert ("--fresh" in error) == ("belongs to another run" in error), "advice that does not help"
 
 
+def test_the_command_in_processes_of_another_starter_names_torchrun(
+    run_command, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert run_command("tiny") == 1 and "torchrun" in capsys.readouterr().err
+
+
 def test_a_run_folder_belongs_to_one_data_set(tmp_path):
     names = [*NAMES, "stand_in_gpt2", "stand_in_char", "notes"]
     folders = {helpers.out_folder(name, run) for name in names for run in ("test", "improved-1")}

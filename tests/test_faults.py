@@ -231,13 +231,18 @@ def test_signal_at_a_random_moment(nursery, corpus, finished, tmp_path, fault, n
 
 
 @contextlib.contextmanager
-def python(*arguments):
+def python(*arguments, interrupt=signal.SIG_DFL):
     """Python as a process of its own in the project's folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, *map(str, arguments)]
-    heard = {"preexec_fn": lambda: signal.signal(HANGUP, signal.SIG_DFL)}
-    with subprocess.Popen(command, cwd=ROOT.parent, env=environment, **pipes, **heard) as process:
+
+    def hear():
+        signal.signal(HANGUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, interrupt)
+
+    options = {"cwd": ROOT.parent, "env": environment, "preexec_fn": hear} | pipes
+    with subprocess.Popen(command, **options) as process:
         try:
             yield process
         finally:
@@ -258,6 +263,45 @@ def test_signal_to_the_command(corpus, tmp_path, fault, number, status):
         assert "interrupted and saved" in rest
         last = saved(tmp_path)
         assert last["iter_num"] == len(last["history"]["step_loss"]) >= 20, shown
+
+
+@posix
+def test_interrupt_that_the_parent_ignores(corpus, tmp_path, fault):
+    """As that of a shell's background job, which Ctrl-C in the terminal is not meant for."""
+    with fault("Ctrl-C or hang-up of the command"):
+        options = f"{corpus.folder} --preset smoke --max_iters 300 --out {tmp_path}".split()
+        with python("helpers.py", *options, interrupt=signal.SIG_IGN) as process:
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            shown, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and "step 300 of 300" in shown, (shown, errors)
+
+
+@posix
+@each("kind", ["pipe", "terminal"])
+def test_output_that_nobody_reads_any_more(corpus, tmp_path, fault, kind):
+    """A pipe whose reader has ended stops no run; a terminal that closes ends it saved."""
+    options = f"{corpus.folder} --preset smoke --max_iters 200 --eval_interval 1 --eval_iters 1"
+    command = [sys.executable, "helpers.py", *options.split(), "--out", str(tmp_path)]
+    with fault("closed pipe or terminal of the command"):
+        if kind == "pipe":
+            with python(*command[1:]) as process:
+                process.stdout.readline()
+                process.stdout.close()
+                assert process.wait(60) == 0, process.stderr.read()
+            assert saved(tmp_path)["iter_num"] == 200
+            return
+        import pty  # which only POSIX has
+
+        pid, terminal = pty.fork()
+        if not pid:
+            os.chdir(ROOT.parent)
+            os.execv(sys.executable, command)
+        while b"step 20 of" not in os.read(terminal, 4096):
+            pass
+        os.close(terminal)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status == -HANGUP and saved(tmp_path)["iter_num"] >= 20, status
 
 
 @posix

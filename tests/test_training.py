@@ -10,6 +10,7 @@ import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -440,13 +441,38 @@ def test_second_interrupt_acts_at_once(corpus, config, tmp_path):
         train(corpus, config, tmp_path, view=twice)
 
 
-def test_signal_that_is_ignored_stays_ignored(corpus, config, tmp_path):
-    """As a hang-up is under nohup."""
-    before = signal.signal(HANGUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [HANGUP, signal.SIGINT])
+def test_signal_that_is_ignored_stays_ignored(corpus, config, tmp_path, number):
+    """As a hang-up is under nohup, and an interrupt in a shell's background."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        assert train(corpus, config, tmp_path, view=stop(3, HANGUP)).finished
+        assert train(corpus, config, tmp_path, view=stop(3, number)).finished
     finally:
-        signal.signal(HANGUP, before)
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("moment", ["the last look", "a save that fails"])
+def test_termination_is_not_swallowed(corpus, config, tmp_path, monkeypatch, moment):
+    """Whatever else comes meanwhile, it takes its course."""
+    passed_on, full = [], Mock(side_effect=CheckpointError("No space left."))
+
+    def view(run):
+        if run.step == 7 and fails:
+            monkeypatch.setattr(helpers, "save_checkpoint", full)
+        if run.status or run.step == 7 and fails:
+            signal.raise_signal(signal.SIGTERM)
+
+    fails = moment == "a save that fails"
+    ends = pytest.raises(CheckpointError) if fails else contextlib.nullcontext()
+    with own_handler(signal.SIGTERM, passed_on.append), ends:
+        train(corpus, config, tmp_path, view=view)
+    assert passed_on == [signal.SIGTERM]
+
+
+def test_interrupt_of_the_last_step_leaves_a_whole_run(corpus, config, tmp_path):
+    run = train(corpus, config, tmp_path, view=stop(20))
+    assert run.finished and run.interrupted == signal.SIGINT
+    assert "finished" in run.status and "partial" not in run.status, run.status
 
 
 CRASHES = [(1, 0, 0), (7, 0, 5), (20, 0, 20), (13, 1000, 0)]
