@@ -12,7 +12,6 @@ import gc
 import io
 import math
 import os
-import pickle
 import platform
 import sys
 import threading
@@ -76,9 +75,7 @@ class TrainConfig:
                 wanted += "" if field.type is bool else f" of at least {low} and below {high}"
                 raise ValueError(f"{field.name} is {value!r}: give {wanted}.")
         if self.min_lr > self.learning_rate:
-            raise ValueError(
-                f"min_lr is {self.min_lr}: give at most {self.learning_rate}, the peak."
-            )
+            raise ValueError(f"min_lr is {self.min_lr}: give at most {self.learning_rate}.")
         self.model_config(vocab_size=1)
 
     def model_config(self, vocab_size):
@@ -299,7 +296,7 @@ class Score:
 
     @property
     def perplexity(self):  # per token; infinite where it exceeds what a float holds
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        return math.inf if self.loss > 709 else math.exp(self.loss)
 
     @property
     def word_perplexity(self):  # as in the literature on WikiText-2 (Merity et al. 2016)
@@ -311,10 +308,12 @@ class Score:
 
 
 def score_of(losses, data, split):
-    """The Score of a split with these token losses: (N,), or an iterable of parts in turn."""
+    """The Score of a whole split with these token losses: (N,), or an iterable of parts in turn."""
     parts = [losses] if isinstance(losses, torch.Tensor) else losses
     sums = [(part.sum(dtype=torch.float64).item(), len(part)) for part in parts]
     nats, tokens = map(sum, zip(*sums, strict=True))
+    if tokens != len(data.splits[split]):
+        raise ValueError(f"Losses of {tokens} tokens: give those of the whole {split} split.")
     return Score(nats, tokens, data.bytes[split], data.words[split])
 
 
@@ -372,14 +371,13 @@ def dynamic_evaluation(model, data, split, lr, precision, n_tokens=None):
     row = torch.zeros(1, dtype=torch.int64, device=device)
     options = {"betas": (0.0, 0.999), "fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, **options)
-    bfloat16 = precision.dtype == torch.bfloat16
 
     def step():
         optimizer.zero_grad(set_to_none=True)
         start = (begins[row] - (block - stride)).clamp(min=0)
         x, y = get_batch(tokens, start, block)
         targets = begins[row] + torch.arange(stride, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision.dtype == torch.bfloat16):
             found = model.token_losses(x, y, targets - start)
         losses.index_copy_(0, row, found.detach()[None])
         (found * (targets < length)).mean().backward()
@@ -436,34 +434,31 @@ def load_checkpoint(path, identity=None):
     try:
         checkpoint = torch.load(verified(path), map_location="cpu", weights_only=True)
     except OSError as error:
-        text = f"{path} cannot be read ({reason(error)}): check the path and its permissions, or"
-        raise CheckpointError(f"{text} train the run first.") from None
+        text = f"{path} cannot be read ({reason(error)}): check the path, or train the run first."
+        raise CheckpointError(text) from None
     except Exception as error:  # what is no checkpoint fails in many ways
         if out_of_memory(error):
             raise
-        code = isinstance(error, pickle.UnpicklingError)
-        text = "it holds more than plain values" if code else reason(error).splitlines()[0]
-        raise CheckpointError(f"{path} is not a whole checkpoint ({text}): {advice}.") from None
-    whole = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
-    if not whole or identity and not isinstance(checkpoint.get("iter_num"), int):
+        text = reason(error).splitlines()[0].split(". ")[0]
+        raise CheckpointError(f"{path} is no whole checkpoint ({text}): {advice}.") from None
+    if not (isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()):
         raise CheckpointError(f"{path} is no checkpoint of a GPT of this kind: {advice}.")
     there = checkpoint.get("identity")
-    differing = _differing(there if isinstance(there, dict) else {}, identity or {})
+    differing = identity and _differing(there if isinstance(there, dict) else {}, identity)
     if differing:
-        text = f"{path} belongs to another run ({differing}): {advice}, or choose another folder."
-        raise CheckpointError(text)
+        raise CheckpointError(f"{path} belongs to another run ({differing}): {advice}.")
     return checkpoint
 
 
 def _differing(there, here):
-    names = (name for name, value in here.items() if there.get(name) != value)
-    return "; ".join(f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in names)
+    names = (name for name in here | there if there.get(name) != here.get(name))
+    return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
-def load_model(path, device="cpu", vocab_size=None, identity=None):
+def load_model(path, device="cpu", data=None, identity=None):
     """The model of a checkpoint of this project or nanoGPT, in eval mode. Raises CheckpointError.
 
-    With `vocab_size`, a vocabulary that was padded to a multiple of 64 is cropped to it.
+    With `data` it must be of the same vocabulary; one that nanoGPT padded is cropped to it.
     """
     checkpoint = load_checkpoint(path, identity)
     try:
@@ -471,10 +466,12 @@ def load_model(path, device="cpu", vocab_size=None, identity=None):
         # a model compiled whole has this before each name; old ones keep their causal mask
         weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
         weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}
-        if vocab_size and vocab_size < config.vocab_size == vocab_size + -vocab_size % 64:
-            config = replace(config, vocab_size=vocab_size)
-            for name in ("lm_head.weight", "transformer.wte.weight"):
-                weights[name] = weights[name][:vocab_size]
+        head, size = weights["lm_head.weight"], data and data.vocab_size
+        if not torch.equal(head, weights["transformer.wte.weight"]):
+            raise ValueError("its output layer is not its token embedding")
+        if data and "chars" not in checkpoint and config.vocab_size == size + -size % 64:
+            config = replace(config, vocab_size=size)
+            weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -482,20 +479,20 @@ def load_model(path, device="cpu", vocab_size=None, identity=None):
             raise
         text = f"{path} does not fit its own description ({' '.join(str(error).split())[:200]})"
         raise CheckpointError(f"{text}: {FRESH if identity else 'choose another file'}.") from None
-    if vocab_size not in (None, config.vocab_size):
-        text = f"{path} has a vocabulary of {config.vocab_size} and the data one of {vocab_size}"
-        raise CheckpointError(f"{text}: load the checkpoint that was trained on this data.")
+    chars = data and getattr(data.tokenizer, "chars", None)
+    if data and (config.vocab_size, checkpoint.get("chars", chars)) != (size, chars):
+        text = f"{path} has another vocabulary ({config.vocab_size} ids) than the data ({size})"
+        raise CheckpointError(f"{text}: choose a checkpoint that was trained on such data.")
     return model.to(device).eval()
 
 
 def start_weights(path, config, data):
     """Weights of a checkpoint to start a run from, and 16 digits that identify the file."""
-    model = load_model(path, vocab_size=data.vocab_size)
+    model = load_model(path, data=data)
     wanted = config.model_config(data.vocab_size)
     differing = _differing(asdict(replace(model.config, dropout=wanted.dropout)), asdict(wanted))
     if differing:
-        text = f"{path} cannot start this run ({differing}): change the configuration, or start"
-        raise CheckpointError(f"{text} from another file.")
+        raise CheckpointError(f"{path} cannot start this run ({differing}): choose another file.")
     return model.state_dict(), sha256_of(path)[:16]
 
 
@@ -619,19 +616,14 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.update(self.scaler.get_scale())
 
-    def reset(self, weights):
-        self.model.load_state_dict(weights)
-        torch.manual_seed(self.config.seed + rank())  # dropout differs from process to process
-
     def state_dict(self):
         """Everything that the next step depends on, as plain values and tensors."""
-        cuda, device = self.precision.device.type == "cuda", self.precision.device
         return {
             "model": self.model.state_dict(),
             **{name: o.state_dict() for name, o in self.optimizers.by_name.items()},
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if cuda else None,
+            "cuda_rng": torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None,
         }
 
     def load_state_dict(self, state, step):
@@ -673,36 +665,29 @@ class TrainingError(RuntimeError):
 
 def out_of_memory(error):
     """Whether an error says that the memory of a device or of the machine does not suffice."""
-    short = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return short or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "CPUAllocator" in str(error)
 
 
 class Interrupts:
-    """While entered, the first interrupt, termination or hang-up is only noted; a second acts.
-
-    At the end a termination or hang-up takes its course. What is ignored, as under nohup, stays so.
-    """
+    """While entered, the first interrupt, termination or hang-up is only noted; a second acts."""
 
     def __enter__(self):
         self.received, self.previous = None, {}
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+        heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
         if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self.previous[number] = signal.signal(number, self.note)
+            self.previous = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def note(self, number, frame):
         self.received = number
-        self.put_back()
-
-    def put_back(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        self.__exit__()
 
     def __exit__(self, *error):
-        self.put_back()
-        if self.received not in (None, signal.SIGINT):
-            signal.raise_signal(self.received)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if error and self.received not in (None, signal.SIGINT):  # not the call by `note`
+            signal.raise_signal(self.received)  # takes its course, now that work is saved
 
     def __call__(self):
         """Whether any process has received one: all ask at the same steps, and stop together."""
@@ -715,9 +700,9 @@ class Interrupts:
 
 
 INTERRUPTED = (
-    "interrupted and saved: run this again to resume. In Run All the cells below go on with this "
-    "partial run; stop once more to end them"
+    "interrupted and saved: run this again to resume. In Run All the cells below go on with "
 )
+INTERRUPTED += "this partial run; stop once more to end them"
 
 
 class Run:
@@ -737,7 +722,7 @@ class Run:
         self.history = {"evals": [], "step_loss": [], "step_grad_norm": []}
         self.seconds, self.waited_before, self.began = 0.0, 0.0, time.perf_counter()
         self.resumed_at, self.interrupted, self.status = 0, None, None
-        self.best_state, self.best_saved = None, None  # the best checkpoint, and what ckpt.pt holds
+        self.best_state, self.best_is_new = None, False  # the best checkpoint; not yet in ckpt.pt
         self.saved_step, self.saved_at = None, time.monotonic()
 
     @property
@@ -775,16 +760,14 @@ class Run:
             raise self._diverged(self.step, f"the estimates are {losses}")
         since = self.last["iter"] if self.history["evals"] else 0
         norms = [n for n in self.history["step_grad_norm"][since:] if math.isfinite(n)]
-        cuda = trainer.precision.device.type == "cuda"
         row = {"iter": self.step, **losses, "learning_rate": get_lr(self.step, self.config)}
         row["time"] = self.seconds - sum(row["time"] for row in self.history["evals"])
-        row["waited"] = self.waited
-        row["grad_norm"] = sum(norms) / max(1, len(norms))
-        row["peak_memory"] = torch.cuda.max_memory_allocated() if cuda else 0
+        row |= {"waited": self.waited, "grad_norm": sum(norms) / max(1, len(norms))}
+        row["peak_memory"] = torch.cuda.max_memory_allocated() if trainer.lr.is_cuda else 0
         self.history["evals"].append(row)
         if row is self.best and not rank():
             weights = copy.deepcopy(trainer.model.state_dict())
-            self.best_state = self._checkpoint({"model": weights}, trainer)
+            self.best_state, self.best_is_new = self._checkpoint({"model": weights}, trainer), True
 
     def extend(self, losses, norms, seconds, scaled):
         """Adds the steps just taken, all finite but for gradients that a scaler skips."""
@@ -802,17 +785,16 @@ class Run:
 
     def _checkpoint(self, state, trainer):
         facts = {"model_args": asdict(trainer.model.config), "identity": self.identity}
-        return state | facts | {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
+        facts |= {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
+        return state | facts | {"chars": getattr(self.data.tokenizer, "chars", None)}
 
     def save(self, trainer, every=0.0):
-        """Writes both files if the last time is `every` seconds ago, and at once before step 1.
-
-        last.pt is the whole run, the best weights too: whatever comes between, ckpt.pt follows it.
-        """
+        """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
         recent = self.step and time.monotonic() - self.saved_at < every
         if rank() or recent:
             return
         if self.step != self.saved_step:
+            # the best weights too: whatever comes between, ckpt.pt can be made of last.pt
             state = trainer.state_dict() | {"history": self.history, "best": self.best_state}
             state |= {"seconds": self.seconds, "waited": self.waited}
             save_checkpoint(self.folder / "last.pt", self._checkpoint(state, trainer))
@@ -820,20 +802,21 @@ class Run:
         self.save_best()
 
     def save_best(self):
-        if not rank() and self.best_state and _evaluation(self.best_state) != self.best_saved:
+        if self.best_is_new:
             save_checkpoint(self.folder / "ckpt.pt", self.best_state)
-            self.best_saved = _evaluation(self.best_state)
+            self.best_is_new = False
 
     def restore(self, trainer):
         """Resumes from last.pt, if there is one, to the same end as a run never stopped."""
-        saved = on_main_process(self._saved_state)
+        saved, kept = on_main_process(self._saved_state)
         if saved is None:
             return
         try:
-            trainer.load_state_dict(saved, saved["iter_num"])
-            self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.history = {key: list(saved["history"][key]) for key in self.history}
+            trainer.load_state_dict(saved, self.step)
+            self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.best_state = dict(saved["best"])
+            self.best_is_new = not rank() and kept != self.best["val_loss"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
@@ -847,30 +830,24 @@ class Run:
             if best.exists() and not last.exists():
                 raise CheckpointError(f"{best} lies there without its last.pt: {FRESH}.")
             if not last.exists():
-                return None
+                return None, None
         saved = load_checkpoint(last, self.identity)
-        if best.exists():  # else it is written again
-            self.best_saved = _evaluation(load_checkpoint(best, self.identity))
-        return saved
+        kept = load_checkpoint(best, self.identity) if best.exists() else {}  # written again
+        return saved, kept.get("best_val_loss")
 
     def load(self, which="best", device="cpu"):
         path = self.folder / {"best": "ckpt.pt", "last": "last.pt"}[which]
-        return load_model(path, device, self.data.vocab_size, self.identity)
+        return load_model(path, device, self.data, self.identity)
 
     def end(self, interrupted, trainer):
         self.interrupted, self.waited_before, self.began = interrupted, self.waited, None
         skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
-        stopped = interrupted and not self.finished
-        notes = [INTERRUPTED if stopped else text, *trainer.obstacles]
+        notes = [text if self.finished else INTERRUPTED, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)
-
-
-def _evaluation(checkpoint):
-    return checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
 
 
 def train_model(
@@ -892,23 +869,25 @@ def train_model(
     from `last.pt`, or only loads a finished run; `fresh=True` starts over. An interrupt, a
     termination or a hang-up ends at a step boundary, saves and returns (the last two then take
     their course); else unsaved work is at most `save_seconds` and one evaluation interval. Under
-    torchrun all processes call this alike, within `distributed()`. Raises CheckpointError and
-    TrainingError.
+    torchrun all call this alike, within `distributed()`. Raises CheckpointError and TrainingError.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
+    if start_from is not None and Path(start_from).resolve().parent == Path(out_dir).resolve():
+        raise ValueError(f"{start_from} lies in this run's folder: choose another for the run.")
     precision, run = precision or choose_precision(), None
     with Interrupts() as interrupted:
         try:
             weights, start_id = make_model(config, data).state_dict(), None
-            if start_from:
+            if start_from is not None:
                 weights, start_id = on_main_process(lambda: start_weights(start_from, config, data))
             run = Run(config, data, out_dir, start_id)
             trainer = Trainer(model.to(precision.device).train(), data, config, precision)
-            trainer.reset(weights)
+            trainer.model.load_state_dict(weights)
+            torch.manual_seed(config.seed + rank())  # dropout differs from process to process
             if not fresh:
                 run.restore(trainer)
-            train_loop(run, trainer, view, save_seconds, interrupted)
+            train_loop(run, trainer, view or (lambda run: None), save_seconds, interrupted)
         except (RuntimeError, MemoryError) as error:
             short = out_of_memory(error)
             if run and (short or isinstance(error, TrainingError)):
@@ -920,9 +899,10 @@ def train_model(
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
-        text = f"batch_size {config.batch_size} and block_size {config.block_size} need more memory"
-        text += f" than {precision.device} has: lower batch_size, and raise"
-        raise TrainingError(f"{text} gradient_accumulation_steps to keep the tokens per step.")
+        text = (
+            f"No memory for batch_size {config.batch_size} at block_size {config.block_size}: lower"
+        )
+        raise TrainingError(f"{text} batch_size, and raise gradient_accumulation_steps instead.")
     return run
 
 
@@ -932,16 +912,14 @@ def train_loop(run, trainer, view, save_seconds, interrupted):
         if run.due_for_evaluation():
             run.evaluate(trainer)
             run.save(trainer, every=save_seconds)
-        if view:
-            view(run)
+        view(run)
         if run.finished or interrupted():
             break
         run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
     run.end(interrupted.received, trainer)
-    if view:
-        view(run)
+    view(run)
 
 
 # ----- text and the command line -----
@@ -977,8 +955,7 @@ def train_command(options, device):
     """Trains as the notebook's cell does, to the same folder; returns the Run."""
     preset, name = choose_preset(options.preset), options.dataset
     config = preset.shakespeare if name == "shakespeare_char" else preset.wikitext2
-    given = {field.name: getattr(options, field.name) for field in fields(TrainConfig)}
-    config = replace(config, **{key: value for key, value in given.items() if value is not None})
+    config = replace(config, **{k: v for k, v in vars(options).items() if hasattr(config, k)})
     if name in NAMES:  # made by the main process alone; on other hosts the set must be there
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
@@ -995,12 +972,12 @@ def main(arguments=None):
     parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a folder's name under data/")
     parser.add_argument("--preset", choices=PRESETS, help="default: full with CUDA, else quick")
     parser.add_argument("--fresh", action="store_true", help="start over where a run exists")
-    parser.add_argument("--out", help="the run's folder (default: the notebook's)")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: the notebook's)")
     parser.add_argument("--start_from", metavar="CKPT", help="a checkpoint's weights to begin with")
     for field in fields(TrainConfig):  # in place of the preset's values
         flag = {"action": argparse.BooleanOptionalAction}
         flag = flag if field.type is bool else {"type": field.type, "metavar": "N"}
-        parser.add_argument(f"--{field.name}", **flag)
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **flag)
     options = parser.parse_args(arguments)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

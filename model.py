@@ -86,8 +86,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary=None, past=None):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).unbind(2)  # (B, T, H, D)
+        B, T, C = x.shape  # below: (B, T, H, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim).unbind(2)
         if self.config.qk_norm:
             q, k = (F.rms_norm(part, part.shape[-1:]).type_as(v) for part in (q, k))
         if rotary is not None:

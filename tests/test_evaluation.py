@@ -119,6 +119,14 @@ def test_units_of_a_score():
     score = replace(score, nats=70_000.0)
     assert score.perplexity == pytest.approx(math.exp(700))
     assert score.word_perplexity == math.inf, "beyond what a float holds"
+    assert math.isnan(replace(score, nats=math.nan).perplexity), "no number, so not infinite"
+
+
+def test_losses_of_a_part_are_no_score_of_the_split(lively, corpus):
+    """Its bytes and words are the whole split's: bits per byte would be far too few."""
+    part = dynamic_evaluation(lively(corpus.vocab_size), corpus, "test", 0.01, CPU, n_tokens=60)
+    with pytest.raises(ValueError, match="60 tokens"):
+        helpers.score_of(part, corpus, "test")
 
 
 # ----- baselines -----
@@ -190,6 +198,16 @@ def test_estimate_is_the_mean_over_its_windows_one_by_one(lively, random_text, c
     assert estimate == pytest.approx(expected, rel=1e-6), f"{estimate}, one by one {expected}"
 
 
+def test_process_without_a_window_adds_nothing_to_an_estimate(lively, random_text, monkeypatch):
+    """As the second of two, where an estimate is of one window."""
+    config = helpers.TrainConfig(block_size=BLOCK, batch_size=1, eval_iters=1)
+    tokens = load_tokens(random_text(400).splits["test"], "cpu")
+    monkeypatch.setattr(helpers, "rank", lambda: 1)
+    monkeypatch.setattr(helpers, "world_size", lambda: 2)
+    monkeypatch.setattr(helpers, "all_reduce_sum", lambda total: total)
+    assert helpers.estimate_loss(lively(), tokens, config, CPU) == 0
+
+
 # ----- trained models -----
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
@@ -211,7 +229,7 @@ def test_more_context_and_more_training_evaluate_better(trained, corpus, split):
 
 def test_saved_models_evaluate_as_those_in_memory(trained, corpus):
     run, model = trained
-    last = helpers.load_model(run.folder / "last.pt", vocab_size=corpus.vocab_size)
+    last = helpers.load_model(run.folder / "last.pt", data=corpus)
     for stride in (None, 4):
         expected = evaluate(model, corpus, "test", stride)
         assert evaluate(last, corpus, "test", stride) == expected

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import helpers
 from data.batches import get_batch
+from data.dataset import CharTokenizer
 from helpers import CheckpointError, Precision, Run, TrainConfig, Trainer, TrainingError, make_model
 from model import GPT
 
@@ -339,7 +340,7 @@ def test_training_runs_outside_the_main_thread(unbroken, corpus, config, tmp_pat
 def test_checkpoints_hold_the_run_as_plain_values(unbroken, config, corpus, model):
     assert sorted(contents(unbroken)) == sorted(FILES)
     last, best = saved(unbroken), saved(unbroken, "ckpt.pt")
-    shared = {"model", "model_args", "identity", "iter_num", "best_val_loss"}
+    shared = {"model", "model_args", "identity", "chars", "iter_num", "best_val_loss"}
     assert best.keys() == shared, "the best weights stand there with more than names them"
     state = {"optimizer", "scaler", "rng", "cuda_rng", "history", "seconds", "waited", "best"}
     assert last.keys() == shared | state
@@ -388,12 +389,24 @@ def test_nanogpt_checkpoint_loads_with_its_padded_vocabulary_cropped(config, cor
     path, padded = nanogpt_checkpoint(config, tmp_path / "nanogpt.pt")
     idx = torch.arange(12).reshape(1, 12)
     assert torch.equal(helpers.load_model(path)(idx), padded(idx))
-    cropped = helpers.load_model(path, vocab_size=corpus.vocab_size)(idx)
+    cropped = helpers.load_model(path, data=corpus)(idx)
     torch.testing.assert_close(cropped, padded(idx)[..., : corpus.vocab_size])
     weights, _ = helpers.start_weights(path, config, corpus)
     make_model(config, corpus).load_state_dict(weights)
-    with pytest.raises(CheckpointError, match="vocabulary of 64 .* 65"):
-        helpers.load_model(path, vocab_size=65)
+    with pytest.raises(CheckpointError, match="64 ids.*65"):
+        helpers.load_model(path, data=replace(corpus, vocab_size=65))
+    torch.save(torch.load(path) | {"chars": "0"}, path)  # this project pads none: all 64 count
+    with pytest.raises(CheckpointError, match=f"64 ids.*{corpus.vocab_size}"):
+        helpers.load_model(path, data=corpus)
+
+
+def test_checkpoint_whose_output_layer_is_not_its_embedding_is_refused(unbroken):
+    """The model has one matrix for both, and would silently take the one read last."""
+    checkpoint = saved(unbroken, "ckpt.pt")
+    checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["lm_head.weight"] + 1
+    torch.save(checkpoint, unbroken / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="output layer"):
+        helpers.load_model(unbroken / "ckpt.pt")
 
 
 # ----- interrupts -----
@@ -575,10 +588,20 @@ def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(unbroken, corpus, c
     assert_same_files(tmp_path / "tuned", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["missing", "no checkpoint", "another shape"])
+def test_run_of_a_version_with_more_options_is_refused(unbroken, corpus, config):
+    last = saved(unbroken)
+    torch.save(last | {"identity": last["identity"] | {"swiglu": True}}, unbroken / "last.pt")
+    with pytest.raises(CheckpointError, match="swiglu True there, None here"):
+        train(corpus, config, unbroken)
+
+
+@pytest.mark.parametrize("kind", ["missing", "no checkpoint", "another shape", "other characters"])
 def test_unusable_start_writes_nothing(unbroken, corpus, config, tmp_path, kind):
     """And the error goes without the advice to start over, which would not help."""
     path = tmp_path / "missing.pt" if kind == "missing" else unbroken / "ckpt.pt"
+    if kind == "other characters":
+        chars = "".join(chr(ord(char) + 1) for char in corpus.tokenizer.chars)
+        corpus = replace(corpus, tokenizer=CharTokenizer(chars))
     if kind == "no checkpoint":
         path.write_bytes(b"not a checkpoint")
     config = replace(config, n_embd=32) if kind == "another shape" else config
@@ -588,6 +611,22 @@ def test_unusable_start_writes_nothing(unbroken, corpus, config, tmp_path, kind)
     assert str(path) in message and "fresh" not in message and "\n" not in message, message
     assert kind != "another shape" or "n_embd 16 there, 32 here" in message, message
     assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_start_is_not_overwritten(unbroken, corpus, config, tmp_path, name):
+    before, link = contents(unbroken), tmp_path / "link"
+    link.symlink_to(unbroken, target_is_directory=True)
+    for start in (unbroken / name, link / name):
+        with pytest.raises(ValueError, match="choose another"):
+            train(corpus, config, unbroken, start_from=start, fresh=True)
+    assert contents(unbroken) == before
+
+
+def test_start_that_is_named_by_nothing_is_refused(corpus, config, tmp_path):
+    """As from a shell's variable that is not set: not a run from scratch."""
+    with pytest.raises(CheckpointError):
+        train(corpus, config, tmp_path / "tuned", start_from="")
 
 
 # ----- CUDA -----
