@@ -839,8 +839,8 @@ class Run:
         path = self.folder / {"best": "ckpt.pt", "last": "last.pt"}[which]
         return load_model(path, device, self.data, self.identity)
 
-    def end(self, interrupted, trainer):
-        self.interrupted, self.waited_before, self.began = interrupted, self.waited, None
+    def end(self, trainer):
+        self.waited_before, self.began = self.waited, None
         skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
@@ -903,6 +903,7 @@ def train_model(
             f"No memory for batch_size {config.batch_size} at block_size {config.block_size}: lower"
         )
         raise TrainingError(f"{text} batch_size, and raise gradient_accumulation_steps instead.")
+    run.interrupted = interrupted.received
     return run
 
 
@@ -918,7 +919,7 @@ def train_loop(run, trainer, view, save_seconds, interrupted):
         run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
-    run.end(interrupted.received, trainer)
+    run.end(trainer)
     view(run)
 
 

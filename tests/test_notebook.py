@@ -163,6 +163,27 @@ def test_your_own_text_takes_one_line(copy, monkeypatch):
     assert (copy / "out-my_notes-test" / "ckpt.pt").exists()
 
 
+def test_line_under_the_cell_says_what_a_stop_means(copy):
+    """A stop ends the cell only: what is queued goes on, with the partial run."""
+    stopping = "def stopping(run):\n    view(run)\n"
+    stopping += (
+        "    if run.step == 7 and not run.status:\n        signal.raise_signal(signal.SIGINT)\n"
+    )
+    setting = f"import signal\nview = live_view(names[0])\n{stopping}"
+    edit(copy, "train-wikitext", "run_wikitext =", f"{setting}run_wikitext =")
+    edit(copy, "train-wikitext", "view=live_view(names[0])", "view=stopping")
+    notebook = nbformat.read(copy / "test.ipynb", as_version=4)
+    (last,) = [n for n, cell in enumerate(notebook.cells) if cell.id == "history-wikitext"]
+    notebook.cells = notebook.cells[: last + 1]
+    nbformat.write(notebook, copy / "test.ipynb")
+    notebook, error = execute(copy)
+    assert notebook, error
+    line = shown(notebook, "train-wikitext")
+    assert all(part in line for part in ("step 7 of", "run this again", "partial run", "once more"))
+    rows = shown(notebook, "history-wikitext")
+    assert "<th>5</th>" in rows and "<th>10</th>" not in rows, "went on, or without its rows"
+
+
 def test_full_preset_refuses_the_stand_in(copy, monkeypatch):
     monkeypatch.setenv("NANOGPT_PRESET", "full")
     notebook, error = execute(copy)

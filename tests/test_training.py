@@ -482,8 +482,15 @@ def test_termination_is_not_swallowed(corpus, config, tmp_path, monkeypatch, mom
     assert passed_on == [signal.SIGTERM]
 
 
-def test_interrupt_of_the_last_step_leaves_a_whole_run(corpus, config, tmp_path):
-    run = train(corpus, config, tmp_path, view=stop(20))
+@pytest.mark.parametrize("moment", ["the last step", "the last look"])
+def test_late_interrupt_leaves_a_whole_run(corpus, config, tmp_path, moment):
+    """And is told, so that the command's exit status is that of Ctrl-C."""
+
+    def look(run):
+        return signal.raise_signal(signal.SIGINT) if run.status else None
+
+    view = look if moment == "the last look" else stop(20)
+    run = train(corpus, config, tmp_path, view=view)
     assert run.finished and run.interrupted == signal.SIGINT
     assert "finished" in run.status and "partial" not in run.status, run.status
 
