@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,15 @@ from data.fetch import DataError, fetch_gpt2, reason, sha256_of
 
 FORMAT = 2  # of meta.json and the .bin files; raised when either changes its meaning
 DTYPE = np.dtype("<u2")  # uint16, little-endian on every machine
+UNK, EOS = "<unk>", "<eos>"  # of a vocabulary of words
+READABLE = (  # what WikiText's tokenization is undone by, in this order
+    (rf" ?{EOS} ?", "\n"),
+    (r" ?@([-,.])@ ?", r"\1"),  # inside words and numbers
+    (r"= (?==)", "="),  # "= = Title = =" becomes "== Title =="
+    (r" ([,.;:?!)\]%]|\.\.\.|'(?:s|t|d|m|re|ve|ll))(?!\S)", r"\1"),
+    (r"([(\[$£]) ", r"\1"),
+    (r'" ([^"\n]*) "', r'"\1"'),  # a line's quotes, two by two
+)
 
 
 # ----- tokenizers -----
@@ -93,6 +103,38 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids) -> str:
         """Text of the ids."""
         return "".join(self.chars[i] for i in self.checked(ids))
+
+
+class WordTokenizer(Tokenizer):
+    """One id a word between white space, and EOS for a line end; other words become UNK."""
+
+    name = unit = "word"
+
+    def __init__(self, words: list[str]):
+        self.words, self.vocab_size = words, len(words)
+        self.ids = {word: i for i, word in enumerate(words)}
+        if len(self.ids) != len(words) or not {UNK, EOS} <= self.ids.keys():
+            raise ValueError(
+                f"A WordTokenizer needs words that differ, {UNK} and {EOS} among them."
+            )
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """The words of a text, a blank line's EOS too."""
+        return text.replace("\n", f" {EOS} ").split()
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids.get(word, self.ids[UNK]) for word in self.split(text)]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), DTYPE)
+
+    def decode(self, ids) -> str:
+        """A text for readers: WikiText's spaces around punctuation go where it is safe."""
+        text = " ".join(self.words[i] for i in self.checked(ids))
+        for pattern, readable in READABLE:
+            text = re.sub(pattern, readable, text)
+        return text
 
 
 # ----- the data set -----
@@ -201,15 +243,15 @@ def damaged(path: Path, what: str, error: Exception | None = None) -> DataError:
 
 def _make_tokenizer(meta: dict[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer that meta.json names; GPT-2's files lie beside the prepared folder."""
-    return (
-        GPT2Tokenizer(folder.parent)
-        if meta["tokenizer"] == "gpt2"
-        else CharTokenizer(meta["chars"])
-    )
+    if meta["tokenizer"] == "gpt2":
+        return GPT2Tokenizer(folder.parent)
+    is_word = meta["tokenizer"] == "word"
+    return WordTokenizer(meta["words"]) if is_word else CharTokenizer(meta["chars"])
 
 
 def _fingerprint(meta: dict[str, Any]) -> str:
     """16 hexadecimal digits over the tokenizer, its vocabulary and the sums of all splits."""
     sums = sorted((split, entry["sha256"]) for split, entry in meta["splits"].items())
-    parts = [meta["tokenizer"], meta["vocab_size"], meta.get("chars", ""), sums]
+    vocabulary = meta.get("chars") or meta.get("words", "")
+    parts = [meta["tokenizer"], meta["vocab_size"], vocabulary, sums]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

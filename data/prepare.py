@@ -1,8 +1,9 @@
 """Make the data sets: text in, .bin files of uint16 token ids and a meta.json out.
 
     python data/prepare.py wikitext2                 WikiText-2 in GPT-2 BPE, to data/wikitext2
+    python data/prepare.py wikitext2_words           WikiText-2 by word
     python data/prepare.py shakespeare_char          Tiny Shakespeare by character
-    python data/prepare.py all                       both
+    python data/prepare.py all                       these three
     python data/prepare.py notes.txt                 your own text in GPT-2 BPE, to data/notes
     python data/prepare.py "letters/*.md" --char --name letters
 
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
@@ -29,7 +31,17 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script, sys.path starts at this folder, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.dataset import FORMAT, CharTokenizer, Dataset, GPT2Tokenizer, Tokenizer, load, meta_sum
+from data.dataset import (
+    FORMAT,
+    UNK,
+    CharTokenizer,
+    Dataset,
+    GPT2Tokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load,
+    meta_sum,
+)
 from data.fetch import (
     GPT2_FILES,
     SHAKESPEARE,
@@ -52,14 +64,21 @@ LAST_VISIBLE = re.compile(r"(?s).*\S(?=[ \n])")  # up to the last place where `_
 # Another count than these means another text or tokenizer than the published figures have.
 TOKENS = {
     "wikitext2": {"train": 2_448_382, "val": 258_659, "test": 295_877},
+    "wikitext2_words": {"train": 2_088_628, "val": 217_646, "test": 245_569},
     "shakespeare_char": {"train": 1_003_854, "val": 111_540},
 }
 NAMES = tuple(TOKENS)
-TAKEN = (*NAMES, "shakespeare", "stand_in_gpt2", "stand_in_char", "raw", "gpt2_cache", "all")
+STAND_INS = dict(zip(NAMES, ("stand_in_gpt2", "stand_in_words", "stand_in_char"), strict=True))
+TAKEN = (*NAMES, "shakespeare", *STAND_INS.values(), "raw", "gpt2_cache", "all")
+SOURCES = {
+    "wikitext2": (*WIKITEXT2.values(), *GPT2_FILES),
+    "wikitext2_words": tuple(WIKITEXT2.values()),
+    "shakespeare_char": (SHAKESPEARE,),
+}
 
 
 def prepare(name: str, *, allow_stand_in: bool = False, root: Path | str = ROOT) -> Dataset:
-    """The set `name` ("wikitext2" or "shakespeare_char"), made under `root` if it is not there.
+    """The set of this name, one of NAMES, made under `root` if it is not there.
 
     A damaged set is made again. Where the real bytes cannot be had, `allow_stand_in` gives the
     Python manual instead, and the set says so; without it, or for a mirror with wrong bytes,
@@ -69,7 +88,7 @@ def prepare(name: str, *, allow_stand_in: bool = False, root: Path | str = ROOT)
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(NAMES)}.")
     root = Path(root)
     folder = root / name
-    make = _make_wikitext2 if name == "wikitext2" else _make_shakespeare
+    make = _make_shakespeare if name == "shakespeare_char" else _make_wikitext2
     try:
         return _open_or_make(folder, lambda: make(folder, root))
     except Unavailable as error:
@@ -77,7 +96,7 @@ def prepare(name: str, *, allow_stand_in: bool = False, root: Path | str = ROOT)
             text = f"{folder} is damaged and cannot be made again now, since {error}."
             raise DataError(text) from error
         if not allow_stand_in:
-            raise Unavailable(_refusal(name, root, error)) from error
+            raise Unavailable(_refusal(name, SOURCES[name], root, error)) from error
     return _stand_in(name, root)
 
 
@@ -146,45 +165,54 @@ def _intact(folder: Path) -> Dataset | None:
 
 # ----- the sets -----
 def _make_wikitext2(folder: Path, root: Path) -> None:
-    """WikiText-2 v1: each file's exact text in GPT-2 BPE, `<unk>` and blank lines included."""
+    """WikiText-2 v1: each file's exact text in GPT-2 BPE or by word, blank lines included."""
+    by_word = folder.name == "wikitext2_words"
     found = {split: fetch(source, root / "raw") for split, source in WIKITEXT2.items()}
     licence = "CC BY-SA 3.0 and GFDL (Wikipedia contributors; Merity et al. 2016)"
-    facts = {"title": "WikiText-2", "variant": "v1", "licence": licence}
+    title = "WikiText-2" + " by word" * by_word
+    facts = {"title": title, "variant": "v1", "licence": licence}
     facts["split_rule"] = "the files' own train, validation and test parts"
     facts["source"] = ", ".join(sorted({origin for _, origin in found.values()}))
     facts["source_sha256"] = {source.path: source.sha256 for source in WIKITEXT2.values()}
-    texts = ((split, path.read_bytes().decode()) for split, (path, _) in found.items())
-    write_set(folder, texts, GPT2Tokenizer(root), facts)
+    texts = {split: path.read_bytes().decode() for split, (path, _) in found.items()}
+    tokenizer = _vocabulary(texts["train"]) if by_word else GPT2Tokenizer(root)
+    write_set(folder, texts.items(), tokenizer, facts)
 
 
 def _make_shakespeare(folder: Path, root: Path) -> None:
     """Tiny Shakespeare by character: the first 90% of the characters train, the rest validates."""
     path, origin = fetch(SHAKESPEARE, root / "raw")
     text = path.read_bytes().decode()
+    cut = len(text) * 9 // 10
     rule = "contiguous: the first 90% of the characters train, the rest validates"
     facts = {"title": "Tiny Shakespeare", "variant": "char", "licence": "public domain"}
     facts |= {"split_rule": rule, "source": origin}
     facts["source_sha256"] = {SHAKESPEARE.path: SHAKESPEARE.sha256}
-    write_set(folder, _divide(text, {"train": 90, "val": 10}), _alphabet(text), facts)
+    write_set(folder, [("train", text[:cut]), ("val", text[cut:])], _alphabet(text), facts)
 
 
 def _stand_in(name: str, root: Path) -> Dataset:
     """The Python manual in place of a set: never under that set's folder, name or title."""
     text = "\n\n".join(topics[key].strip("\n") for key in sorted(topics)) + "\n"
-    folder, tokenizer, percent = root / "stand_in_char", _alphabet(text), {"train": 90, "val": 10}
+    tokenizer, percent = _alphabet(text), {"train": 80, "val": 10, "test": 10}
+    if name == "shakespeare_char":
+        percent = {"train": 90, "val": 10}
+    texts = _divide(text, percent)
     if name == "wikitext2":
-        folder, percent = root / "stand_in_gpt2", {"train": 80, "val": 10, "test": 10}
         with contextlib.suppress(Unavailable):  # without its files, by character as well
             tokenizer = _gpt2_tokenizer(root)
+    if name == "wikitext2_words":
+        tokenizer = _vocabulary(texts["train"])
     sums = {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()}
     title = f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}"
     facts = {"title": title, "variant": "stand-in", "stand_in": True, "source_sha256": sums}
     facts["licence"] = "Python Software Foundation License"
     facts["source"] = "pydoc_data.topics of this Python"
-    facts["split_rule"] = f"contiguous, percent of the characters: {percent}"
+    facts["split_rule"] = f"contiguous, percent of the characters, to the line end: {percent}"
+    folder = root / STAND_INS[name]
     return _open_or_make(
         folder,
-        lambda: write_set(folder, _divide(text, percent), tokenizer, facts),
+        lambda: write_set(folder, texts.items(), tokenizer, facts),
         lambda data: (data.meta["source_sha256"], data.vocab_size) == (sums, tokenizer.vocab_size),
     )
 
@@ -194,14 +222,12 @@ def _gpt2_tokenizer(root: Path) -> GPT2Tokenizer:
     try:
         fetch_gpt2(root)
     except Unavailable as error:
-        text = _refusal("The text", root, error, GPT2_FILES)
+        text = _refusal("The text", GPT2_FILES, root, error)
         raise Unavailable(f"{text} By character it needs no files.") from error
     return GPT2Tokenizer(root)
 
 
-def _refusal(name: str, root: Path, error: Exception, sources: Iterable[Source] = ()) -> str:
-    wikitext2 = (*WIKITEXT2.values(), *GPT2_FILES)
-    sources = sources or (wikitext2 if name == "wikitext2" else [SHAKESPEARE])
+def _refusal(name: str, sources: Iterable[Source], root: Path, error: Exception) -> str:
     files, raw = ", ".join(source.path for source in sources), root / "raw"
     text = f"{name} cannot be prepared: put {files} under {raw}, or set DATA_MIRROR to a folder or"
     return f"{text} address that holds them under these names, since {error}."
@@ -213,6 +239,16 @@ def _alphabet(text: str) -> CharTokenizer:
     if len(set(text)) > 1 << 16:
         raise DataError("The text has more than 65,536 different characters: use GPT-2 BPE.")
     return CharTokenizer("".join(sorted(set(text))))
+
+
+def _vocabulary(text: str) -> WordTokenizer:
+    """A training text's words of three places or more, as in WikiText, and UNK.
+
+    The most frequent come first, and equally frequent ones in the text's order.
+    """
+    counts = Counter(WordTokenizer.split(text))
+    words = [word for word, count in counts.most_common() if count >= 3]
+    return WordTokenizer(words if UNK in words else [*words, UNK])
 
 
 def _split_at(cut: int, reach: int, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -233,14 +269,14 @@ def _split_at(cut: int, reach: int, texts: Iterable[str]) -> Iterator[tuple[str,
         cut -= len(text)
 
 
-def _divide(text: str, percent: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield (split, text) for contiguous parts of these percentages."""
-    start, done = 0, 0
+def _divide(text: str, percent: dict[str, int]) -> dict[str, str]:
+    """Contiguous parts of about these percentages, by split; each ends where a line does."""
+    parts, start, done = {}, 0, 0
     for split, share in percent.items():
         done += share
-        end = len(text) * done // 100
-        yield split, text[start:end]
-        start = end
+        end = text.index("\n", len(text) * done // 100 - 1) + 1
+        parts[split], start = text[start:end], end
+    return parts
 
 
 # ----- your own text -----
@@ -373,6 +409,8 @@ def write_set(
     meta |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": entries}
     if isinstance(tokenizer, CharTokenizer):
         meta["chars"] = tokenizer.chars
+    if isinstance(tokenizer, WordTokenizer):
+        meta["words"] = tokenizer.words
     with atomic_write(folder / "meta.json") as out:
         out.write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
 

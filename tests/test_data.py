@@ -35,7 +35,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import fetch as fetching
 from data import prepare as preparing
-from data.dataset import CharTokenizer, GPT2Tokenizer, load
+from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer, load
 from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Source, Unavailable, WrongBytes, fetch
 from data.prepare import NAMES, main, openings, prepare, prepare_text, write_set
 
@@ -56,7 +56,7 @@ def hermetic(monkeypatch):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """Both sets made of the real texts, by name."""
+    """All sets made of the real texts, by name."""
     if not MIRROR:
         pytest.skip("DATA_MIRROR is not set: no real texts to compare with")
     with pytest.MonkeyPatch.context() as patch:
@@ -280,7 +280,7 @@ def test_damaged_set_that_cannot_be_made_again_is_no_case_for_a_stand_in(small_p
 
 
 def test_unknown_names_are_refused(small_play):
-    with refused("wikitext2, shakespeare_char", error=ValueError):
+    with refused("wikitext2, wikitext2_words, shakespeare_char", error=ValueError):
         prepare("wikitext", root=small_play)
     with refused("'test'", "train, val", error=ValueError):
         prepare("shakespeare_char", root=small_play).splits["test"]
@@ -291,6 +291,8 @@ def test_unknown_names_are_refused(small_play):
 GPT2 = ["gpt2/vocab.bpe", "gpt2/encoder.json"]
 FILES = [source.path for source in WIKITEXT2.values()] + GPT2
 STAND_INS = [("wikitext2", FILES, "stand_in_gpt2", {"train": 80, "val": 10, "test": 10})]
+FILES = [source.path for source in WIKITEXT2.values()]
+STAND_INS += [("wikitext2_words", FILES, "stand_in_words", STAND_INS[0][3])]
 FILES = [SHAKESPEARE.path]
 STAND_INS += [("shakespeare_char", FILES, "stand_in_char", {"train": 90, "val": 10})]
 
@@ -301,11 +303,12 @@ def test_stand_in_never_bears_the_real_name(tmp_path, name, files, folder, perce
         prepare(name, root=tmp_path)
     assert files_under(tmp_path) == []
     data = prepare(name, allow_stand_in=True, root=tmp_path)
-    assert data.stand_in and data.folder == tmp_path / folder and topics["lambda"] in text_of(data)
-    found = {split: 100 * len(ids) / len(text_of(data)) for split, ids in data.splits.items()}
+    assert data.stand_in and data.folder == tmp_path / folder
+    assert data.unit == "word" or topics["lambda"] in text_of(data)
+    found = {split: 100 * n / sum(data.bytes.values()) for split, n in data.bytes.items()}
     assert found == pytest.approx(percent, abs=0.1) and data.final_split == list(percent)[-1]
     everything = (json.dumps(data.meta) + folder).lower()
-    assert "stand-in: python manual" in everything and "by character" in everything
+    assert f"stand-in: python manual (pydoc topics), by {data.unit}" in everything
     assert "wikitext" not in everything and "shakespeare" not in everything
     shutil.copytree(data.folder, tmp_path / name, dirs_exist_ok=True)
     with refused("is damaged"):  # a copy of it is not taken for the real set
@@ -331,6 +334,37 @@ def test_wikitext2_is_exact(real):
         assert sha256(text_of(data, split).encode()) == source.sha256, f"{split}: not the text"
     whole = data.tokenizer.encode(text_of(data, "test"))
     assert data.splits["test"].tolist() == whole and data.unit == "token"
+
+
+@pytest.fixture(params=["real", "stand-in"])
+def by_word(request, tmp_path):
+    """WikiText-2 by word, and its stand-in."""
+    if request.param == "real":
+        return request.getfixturevalue("real")["wikitext2_words"]
+    return prepare("wikitext2_words", allow_stand_in=True, root=tmp_path)
+
+
+def test_wikitext2_by_word_is_exact(real):
+    data = real["wikitext2_words"]
+    assert (data.title, data.unit, data.vocab_size) == ("WikiText-2 by word", "word", 33_278)
+    assert data.words == {"train": 2_088_628, "val": 217_646, "test": 245_569}
+    assert data.bytes == real["wikitext2"].bytes and data.meta["variant"] == "v1"
+    for split, source in WIKITEXT2.items():
+        text = (data.folder.parent / "raw" / source.path).read_text(encoding="utf-8")
+        words = [data.tokenizer.words[i] for i in data.splits[split]]
+        assert words == text.replace("\n", " <eos> ").split(), f"{split}: not the text"
+        assert data.splits[split].tolist() == data.tokenizer.encode(text)
+
+
+def test_a_vocabulary_is_of_the_training_words_by_frequency(by_word):
+    counts = np.bincount(by_word.splits["train"], minlength=by_word.vocab_size)
+    frequent = np.delete(counts, by_word.tokenizer.ids["<unk>"])
+    assert (np.diff(frequent) <= 0).all() and frequent[-1] == 3
+    assert by_word.words == {split: len(ids) for split, ids in by_word.splits.items()}
+    assert by_word.tokenizer.words[by_word.bos_id] == "<eos>"
+    assert by_word.splits["val"][-1] == by_word.bos_id  # each split ends with a line
+    assert load(by_word.folder).tokenizer.words == by_word.tokenizer.words
+    assert load(by_word.folder).fingerprint == by_word.fingerprint
 
 
 def test_shakespeare_is_exact(real):
@@ -622,6 +656,16 @@ def test_damaged_file_is_named(folder, damage):
         load(folder)
 
 
+def test_changed_vocabulary_is_damage_and_made_again(tmp_path):
+    made = {"allow_stand_in": True, "root": tmp_path}
+    data = prepare("wikitext2_words", **made)
+    path, words = data.folder / "meta.json", data.tokenizer.words
+    path.write_text(path.read_text().replace(f'"{words[5]}"', '"changed"'))
+    with refused(path, "is not as it was written"):
+        load(data.folder)
+    assert prepare("wikitext2_words", **made).tokenizer.words == words
+
+
 def test_fingerprint_follows_the_tokens_and_the_alphabet(own):
     first, renamed = own(play()), own(play(), name="renamed")
     assert renamed.fingerprint == first.fingerprint
@@ -639,10 +683,40 @@ def test_char_tokenizer_round_trip(text):
     assert set(ids.tolist()) == set(range(tokenizer.vocab_size))
 
 
+BY_WORD = WordTokenizer(["the", "<eos>", "cat", "<unk>"])
+
+
+def test_words_line_ends_and_unknown_words():
+    assert BY_WORD.encode("") == [] and BY_WORD.encode(" the  cat") == [0, 2]
+    assert BY_WORD.encode("the dog\n\n cat \n") == [0, 3, 1, 1, 2, 1]
+    assert BY_WORD.encode_array("cat\n").dtype == np.uint16
+    assert BY_WORD.decode(np.array([0, 3, 1, 1, 2, 1])) == "the <unk>\n\ncat\n"
+    for words in (["the", "<eos>"], ["the", "<unk>"], ["<unk>", "<eos>", "the", "the"]):
+        with refused("<unk> and <eos>", error=ValueError):
+            WordTokenizer(words)
+
+
+READ = {
+    "= = Red @-@ brown cats = = <eos> <eos> It": "== Red-brown cats ==\n\nIt",
+    "1 @,@ 200 @.@ 5 km ( 746 mi ) , or 5 %": "1,200.5 km (746 mi), or 5%",
+    'a " cat \'s game " ; he didn \'t " see " .': 'a "cat\'s game"; he didn\'t "see".',
+    'one " quote <eos> " more " left': 'one " quote\n"more" left',
+    "Who ? [ sic ] : he ... !": "Who? [sic]: he...!",
+    "cats ' .22 US $ 5 at 4 : 30": "cats ' .22 US $5 at 4: 30",
+}
+
+
+@pytest.mark.parametrize("text", READ)
+def test_words_are_decoded_for_readers(text):
+    words = text.split()
+    tokenizer = WordTokenizer([*dict.fromkeys([*words, "<unk>", "<eos>"])])
+    assert tokenizer.decode(tokenizer.encode(text)) == READ[text]
+
+
 def test_foreign_characters_and_ids_are_named(merging):
     with refused("'X', 'é'", "alphabet of 3 characters", "'abc'", error=ValueError):
         CharTokenizer("abc").encode("aXbéXc")
-    for tokenizer in (CharTokenizer("abc"), merging):
+    for tokenizer in (CharTokenizer("abc"), BY_WORD, merging):
         for foreign in (-1, tokenizer.vocab_size):
             with refused(f"Token id {foreign} ", tokenizer.name, error=ValueError):
                 tokenizer.decode([0, foreign])
