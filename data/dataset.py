@@ -33,8 +33,12 @@ class Tokenizer:
     name: str  # as in meta.json
     unit: str  # what one id stands for
     vocab_size: int
+    vocabulary: dict = {}  # what meta.json keeps of it
 
-    def checked(self, ids) -> list[int]:
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def checked(self, ids):
         """Ids of any sequence as ints; ValueError for one outside the vocabulary."""
         ids = [int(i) for i in ids]
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
@@ -51,22 +55,19 @@ class GPT2Tokenizer(Tokenizer):
 
     name, unit, vocab_size = "gpt2", "token", 50257
 
-    def __init__(self, root: Path):
+    def __init__(self, root):
         self.root = root
 
     @cached_property
-    def encoding(self) -> tiktoken.Encoding:
+    def encoding(self):
         fetch_gpt2(self.root)
         return tiktoken.get_encoding("gpt2")
 
-    def encode(self, text: str) -> list[int]:
+    def encode_array(self, text):
         """Ids of the text as it stands: "<|endoftext|>" in it is text, not a special token."""
-        return self.encoding.encode_ordinary(text)
-
-    def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(DTYPE)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids):
         """Text of the ids; bytes that are no whole character become U+FFFD."""
         return self.encoding.decode(self.checked(ids))
 
@@ -76,32 +77,25 @@ class CharTokenizer(Tokenizer):
 
     name, unit = "char", "character"
 
-    def __init__(self, chars: str):
-        self.chars, self.vocab_size = chars, len(chars)
-        self.ids = {char: i for i, char in enumerate(chars)}
-        if not chars or len(self.ids) != len(chars):
+    def __init__(self, chars):
+        self.chars, self.vocab_size, self.vocabulary = chars, len(chars), {"chars": chars}
+        if not chars or len(set(chars)) != len(chars):
             raise ValueError("A CharTokenizer needs one or more characters, each once.")
         self.table = np.zeros(ord(max(chars)) + 1, DTYPE)  # from code point to id
         self.table[[ord(char) for char in chars]] = np.arange(len(chars))
 
-    def encode(self, text: str) -> list[int]:
+    def encode_array(self, text):
         """Ids of the characters; ValueError names those that the alphabet lacks."""
-        unknown = sorted(set(text) - self.ids.keys())
+        unknown = sorted(set(text).difference(self.chars))
         if unknown:
             named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             raise ValueError(
                 f"The text holds {named}, which this data set's alphabet of {len(self.chars)} "
                 f"characters lacks: write it with these only: {self.chars[:100]!r}."
             )
-        return [self.ids[char] for char in text]
-
-    def encode_array(self, text: str) -> np.ndarray:
-        if not self.ids.keys() >= set(text):
-            self.encode(text)  # says what is unknown
         return self.table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
 
-    def decode(self, ids) -> str:
-        """Text of the ids."""
+    def decode(self, ids):
         return "".join(self.chars[i] for i in self.checked(ids))
 
 
@@ -110,8 +104,8 @@ class WordTokenizer(Tokenizer):
 
     name = unit = "word"
 
-    def __init__(self, words: list[str]):
-        self.words, self.vocab_size = words, len(words)
+    def __init__(self, words):
+        self.words, self.vocab_size, self.vocabulary = words, len(words), {"words": words}
         self.ids = {word: i for i, word in enumerate(words)}
         if len(self.ids) != len(words) or not {UNK, EOS} <= self.ids.keys():
             raise ValueError(
@@ -119,17 +113,14 @@ class WordTokenizer(Tokenizer):
             )
 
     @staticmethod
-    def split(text: str) -> list[str]:
-        """The words of a text, a blank line's EOS too."""
+    def split(text):
+        """The words of a text, with an EOS for a blank line too."""
         return text.replace("\n", f" {EOS} ").split()
 
-    def encode(self, text: str) -> list[int]:
-        return [self.ids.get(word, self.ids[UNK]) for word in self.split(text)]
+    def encode_array(self, text):
+        return np.array([self.ids.get(word, self.ids[UNK]) for word in self.split(text)], DTYPE)
 
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text), DTYPE)
-
-    def decode(self, ids) -> str:
+    def decode(self, ids):
         """A text for readers: WikiText's spaces around punctuation go where it is safe."""
         text = " ".join(self.words[i] for i in self.checked(ids))
         for pattern, readable in READABLE:
@@ -186,7 +177,7 @@ def load(folder: Path | str) -> Dataset:
     return Dataset(
         **{field: meta[field] for field in ("name", "title", "stand_in", "vocab_size")},
         folder=folder,
-        splits=Splits({split: _open_split(folder, entry, meta) for split, entry in entries}),
+        splits=Splits({split: _open_split(folder, entry) for split, entry in entries}),
         tokenizer=_make_tokenizer(meta, folder),
         bytes={split: entry["bytes"] for split, entry in entries},
         words={split: entry["words"] for split, entry in entries},
@@ -217,8 +208,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _open_split(folder: Path, entry: dict[str, Any], meta: dict[str, Any]) -> np.memmap:
-    """The tokens (N,) of one split, once its size, its sum and its largest id are right."""
+def _open_split(folder, entry):
+    """The tokens (N,) of one split, once its size and its sum are right."""
     path, needed = folder / entry["file"], entry["tokens"] * DTYPE.itemsize
     try:
         size = path.stat().st_size
@@ -229,8 +220,6 @@ def _open_split(folder: Path, entry: dict[str, Any], meta: dict[str, Any]) -> np
         raise damaged(path, f"cannot be read ({reason(error)})", error) from error
     if digest != entry["sha256"]:
         raise damaged(path, f"has SHA-256 {digest}, meta.json says {entry['sha256']}")
-    if tokens.max() >= meta["vocab_size"]:
-        raise damaged(path, f"holds the id {tokens.max()}, the vocabulary {meta['vocab_size']} ids")
     return tokens
 
 
@@ -241,17 +230,16 @@ def damaged(path: Path, what: str, error: Exception | None = None) -> DataError:
     return DataError(f"{path} {what}: delete the folder {path.parent} and prepare the data again.")
 
 
-def _make_tokenizer(meta: dict[str, Any], folder: Path) -> Tokenizer:
+def _make_tokenizer(meta, folder):
     """The tokenizer that meta.json names; GPT-2's files lie beside the prepared folder."""
-    if meta["tokenizer"] == "gpt2":
-        return GPT2Tokenizer(folder.parent)
-    is_word = meta["tokenizer"] == "word"
-    return WordTokenizer(meta["words"]) if is_word else CharTokenizer(meta["chars"])
+    if "words" in meta:
+        return WordTokenizer(meta["words"])
+    return CharTokenizer(meta["chars"]) if "chars" in meta else GPT2Tokenizer(folder.parent)
 
 
-def _fingerprint(meta: dict[str, Any]) -> str:
+def _fingerprint(meta):
     """16 hexadecimal digits over the tokenizer, its vocabulary and the sums of all splits."""
     sums = sorted((split, entry["sha256"]) for split, entry in meta["splits"].items())
-    vocabulary = meta.get("chars") or meta.get("words", "")
+    vocabulary = meta.get("words") or meta.get("chars", "")
     parts = [meta["tokenizer"], meta["vocab_size"], vocabulary, sums]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -19,7 +19,6 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
@@ -31,23 +30,12 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script, sys.path starts at this folder, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.dataset import (
-    FORMAT,
-    UNK,
-    CharTokenizer,
-    Dataset,
-    GPT2Tokenizer,
-    Tokenizer,
-    WordTokenizer,
-    load,
-    meta_sum,
-)
+from data.dataset import FORMAT, UNK, CharTokenizer, GPT2Tokenizer, WordTokenizer, load, meta_sum
 from data.fetch import (
     GPT2_FILES,
     SHAKESPEARE,
     WIKITEXT2,
     DataError,
-    Source,
     Unavailable,
     WrongBytes,
     atomic_write,
@@ -77,8 +65,8 @@ SOURCES = {
 }
 
 
-def prepare(name: str, *, allow_stand_in: bool = False, root: Path | str = ROOT) -> Dataset:
-    """The set of this name, one of NAMES, made under `root` if it is not there.
+def prepare(name, *, allow_stand_in=False, root=ROOT):
+    """The Dataset of this name, one of NAMES, made under `root` if it is not there.
 
     A damaged set is made again. Where the real bytes cannot be had, `allow_stand_in` gives the
     Python manual instead, and the set says so; without it, or for a mirror with wrong bytes,
@@ -100,10 +88,8 @@ def prepare(name: str, *, allow_stand_in: bool = False, root: Path | str = ROOT)
     return _stand_in(name, root)
 
 
-def prepare_text(
-    source: Path | str, name: str | None = None, tokenizer: str = "gpt2", root: Path | str = ROOT
-) -> Dataset:
-    """A set made of your own text under `root`, or the one that is there of the same text.
+def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
+    """A Dataset of your own text under `root`, or the one that is there of the same text.
 
     `source` is a UTF-8 file, a folder (all files in it and below, hidden ones left out) or a glob
     pattern; files follow one another by path, each but the last ended by a line end. `tokenizer`
@@ -118,27 +104,25 @@ def prepare_text(
     files = _find_files(source)
     digest, chars, length = _survey(files)
 
-    def is_same(data: Dataset) -> bool:
+    def is_same(data):
         if data.meta["variant"] != "own":
             raise DataError(f"{folder} holds another kind of set: choose another name.")
         found = data.meta["source_sha256"], data.tokenizer.name
         return found == ({"text": digest}, tokenizer)
 
-    def make() -> None:
+    def make():
         made = _alphabet(chars) if tokenizer == "char" else _gpt2_tokenizer(root)
-        rule = "90% of the characters train, the rest validates; cut at the next blank line, else"
-        rule += " line end, within 5% of the text, else there"
         facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
         facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
+        facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
+        facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
         texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
-        write_set(folder, texts, made, facts | {"split_rule": rule})
+        write_set(folder, texts, made, facts)
 
     return _open_or_make(folder, make, is_same)
 
 
-def _open_or_make(
-    folder: Path, make: Callable[[], None], wanted: Callable[[Dataset], bool] = lambda data: True
-) -> Dataset:
+def _open_or_make(folder, make, wanted=lambda data: True):
     """The set in `folder` if it is intact and wanted; else it is made, by one process at a time."""
     data = _intact(folder)
     if data is not None and wanted(data):
@@ -155,7 +139,7 @@ def _open_or_make(
     return load(folder)
 
 
-def _intact(folder: Path) -> Dataset | None:
+def _intact(folder):
     try:
         data = load(folder)
     except DataError:
@@ -164,45 +148,45 @@ def _intact(folder: Path) -> Dataset | None:
 
 
 # ----- the sets -----
-def _make_wikitext2(folder: Path, root: Path) -> None:
+def _make_wikitext2(folder, root):
     """WikiText-2 v1: each file's exact text in GPT-2 BPE or by word, blank lines included."""
+    texts, facts = _fetch_texts(WIKITEXT2.values(), root)
     by_word = folder.name == "wikitext2_words"
-    found = {split: fetch(source, root / "raw") for split, source in WIKITEXT2.items()}
-    licence = "CC BY-SA 3.0 and GFDL (Wikipedia contributors; Merity et al. 2016)"
-    title = "WikiText-2" + " by word" * by_word
-    facts = {"title": title, "variant": "v1", "licence": licence}
+    facts |= {"title": "WikiText-2 by word" if by_word else "WikiText-2", "variant": "v1"}
+    facts["licence"] = "CC BY-SA 3.0 and GFDL (Wikipedia contributors; Merity et al. 2016)"
     facts["split_rule"] = "the files' own train, validation and test parts"
-    facts["source"] = ", ".join(sorted({origin for _, origin in found.values()}))
-    facts["source_sha256"] = {source.path: source.sha256 for source in WIKITEXT2.values()}
-    texts = {split: path.read_bytes().decode() for split, (path, _) in found.items()}
-    tokenizer = _vocabulary(texts["train"]) if by_word else GPT2Tokenizer(root)
-    write_set(folder, texts.items(), tokenizer, facts)
+    tokenizer = _vocabulary(texts[0]) if by_word else GPT2Tokenizer(root)
+    write_set(folder, zip(WIKITEXT2, texts, strict=True), tokenizer, facts)
 
 
-def _make_shakespeare(folder: Path, root: Path) -> None:
+def _make_shakespeare(folder, root):
     """Tiny Shakespeare by character: the first 90% of the characters train, the rest validates."""
-    path, origin = fetch(SHAKESPEARE, root / "raw")
-    text = path.read_bytes().decode()
+    (text,), facts = _fetch_texts([SHAKESPEARE], root)
     cut = len(text) * 9 // 10
-    rule = "contiguous: the first 90% of the characters train, the rest validates"
-    facts = {"title": "Tiny Shakespeare", "variant": "char", "licence": "public domain"}
-    facts |= {"split_rule": rule, "source": origin}
-    facts["source_sha256"] = {SHAKESPEARE.path: SHAKESPEARE.sha256}
+    facts |= {"title": "Tiny Shakespeare", "variant": "char", "licence": "public domain"}
+    facts["split_rule"] = "contiguous: the first 90% of the characters train, the rest validates"
     write_set(folder, [("train", text[:cut]), ("val", text[cut:])], _alphabet(text), facts)
 
 
-def _stand_in(name: str, root: Path) -> Dataset:
+def _fetch_texts(sources, root):
+    """The sources' texts, and their facts for meta.json."""
+    found = [fetch(source, root / "raw") for source in sources]
+    facts = {"source": ", ".join(sorted({origin for _, origin in found}))}
+    facts["source_sha256"] = {source.path: source.sha256 for source in sources}
+    return [path.read_bytes().decode() for path, _ in found], facts
+
+
+def _stand_in(name, root):
     """The Python manual in place of a set: never under that set's folder, name or title."""
     text = "\n\n".join(topics[key].strip("\n") for key in sorted(topics)) + "\n"
-    tokenizer, percent = _alphabet(text), {"train": 80, "val": 10, "test": 10}
+    percent = {"train": 80, "val": 10, "test": 10}
     if name == "shakespeare_char":
         percent = {"train": 90, "val": 10}
     texts = _divide(text, percent)
+    tokenizer = _vocabulary(texts["train"]) if name == "wikitext2_words" else _alphabet(text)
     if name == "wikitext2":
         with contextlib.suppress(Unavailable):  # without its files, by character as well
             tokenizer = _gpt2_tokenizer(root)
-    if name == "wikitext2_words":
-        tokenizer = _vocabulary(texts["train"])
     sums = {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()}
     title = f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}"
     facts = {"title": title, "variant": "stand-in", "stand_in": True, "source_sha256": sums}
@@ -217,7 +201,7 @@ def _stand_in(name: str, root: Path) -> Dataset:
     )
 
 
-def _gpt2_tokenizer(root: Path) -> GPT2Tokenizer:
+def _gpt2_tokenizer(root):
     """GPT-2's tokenizer, once its files are there. Unavailable says which to put where."""
     try:
         fetch_gpt2(root)
@@ -227,21 +211,21 @@ def _gpt2_tokenizer(root: Path) -> GPT2Tokenizer:
     return GPT2Tokenizer(root)
 
 
-def _refusal(name: str, sources: Iterable[Source], root: Path, error: Exception) -> str:
+def _refusal(name, sources, root, error):
     files, raw = ", ".join(source.path for source in sources), root / "raw"
     text = f"{name} cannot be prepared: put {files} under {raw}, or set DATA_MIRROR to a folder or"
     return f"{text} address that holds them under these names, since {error}."
 
 
 # ----- texts -----
-def _alphabet(text: str) -> CharTokenizer:
+def _alphabet(text):
     """All characters of the text, validation included, in code point order as in nanoGPT."""
     if len(set(text)) > 1 << 16:
         raise DataError("The text has more than 65,536 different characters: use GPT-2 BPE.")
     return CharTokenizer("".join(sorted(set(text))))
 
 
-def _vocabulary(text: str) -> WordTokenizer:
+def _vocabulary(text):
     """A training text's words of three places or more, as in WikiText, and UNK.
 
     The most frequent come first, and equally frequent ones in the text's order.
@@ -251,7 +235,7 @@ def _vocabulary(text: str) -> WordTokenizer:
     return WordTokenizer(words if UNK in words else [*words, UNK])
 
 
-def _split_at(cut: int, reach: int, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _split_at(cut, reach, texts):
     """Yield ("train", text) for the first `cut` characters, then ("val", text).
 
     Where a blank line or else a line ends in the next `reach` characters of the same piece, the
@@ -269,7 +253,7 @@ def _split_at(cut: int, reach: int, texts: Iterable[str]) -> Iterator[tuple[str,
         cut -= len(text)
 
 
-def _divide(text: str, percent: dict[str, int]) -> dict[str, str]:
+def _divide(text, percent):
     """Contiguous parts of about these percentages, by split; each ends where a line does."""
     parts, start, done = {}, 0, 0
     for split, share in percent.items():
@@ -280,7 +264,7 @@ def _divide(text: str, percent: dict[str, int]) -> dict[str, str]:
 
 
 # ----- your own text -----
-def _set_name(source: Path | str, name: str | None, tokenizer: str) -> str:
+def _set_name(source, name, tokenizer):
     """The set's name: as given, or made from the source's. ValueError for one that cannot be."""
     if name is None:
         stem = re.sub(r"[^\w-]+", "_", Path(source).stem).strip("_") or "own"
@@ -293,30 +277,37 @@ def _set_name(source: Path | str, name: str | None, tokenizer: str) -> str:
     return name
 
 
-def _find_files(source: Path | str) -> list[Path]:
-    """The files that a path, a folder or a pattern means, by path; empty ones are left out."""
-    path = Path(source)
+@contextlib.contextmanager
+def _readable(what):
     try:
-        if path.is_dir():
+        yield
+    except OSError as error:
+        text = f"{what} cannot be read ({reason(error)}): check the path and its permissions."
+        raise DataError(text) from error
+
+
+def _find_files(source):
+    """The files that a path, a folder or a pattern means, by path, and their sizes; none empty."""
+    path = Path(source)
+    with _readable(source):
+        if str(source) and path.is_dir():  # Path("") is the current folder
             found = _walk(path)
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
         files = sorted((file for file in found if file.is_file()), key=Path.as_posix)
-        if not files:
-            raise DataError(f"{source} matches no file: give a text file, a folder or a pattern.")
-        files = [file for file in files if file.stat().st_size]
-    except OSError as error:
-        text = f"{source} cannot be read ({reason(error)}): check the path and its permissions."
-        raise DataError(text) from error
-    if not files:
+        sizes = {file: file.stat().st_size for file in files}
+    if not sizes:
+        text = f"{str(source)!r} matches no file: give a text file, a folder or a pattern."
+        raise DataError(text)
+    if not any(sizes.values()):
         raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
-    return files
+    return {file: size for file, size in sizes.items() if size}
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder):
     """The files in a folder and below, each folder once; OSError for one that cannot be read."""
 
-    def refuse(error: OSError):
+    def refuse(error):
         raise error
 
     seen = set()
@@ -328,31 +319,28 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
-def _texts(files: list[Path]) -> Iterator[str]:
-    """Yield the text of all files in order, at most PIECE characters at a time."""
+def _texts(files):
+    """Yield the text of all files in order, each but the last ended by a line end."""
+    part = "\n"
     for path in files:
-        text = ""
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                while part := _read_text(file):
-                    text = part
-                    yield text
-        except OSError as error:
-            text = f"{path} cannot be read ({reason(error)}): check its permissions."
-            raise DataError(text) from error
-        if path != files[-1] and not text.endswith("\n"):
+        if part[-1] != "\n":
             yield "\n"
+        for part in _parts(path):
+            yield part
 
 
-def _read_text(file) -> str:
-    try:
-        return file.read(PIECE)
-    except UnicodeDecodeError as error:
-        text = f"{file.name} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,})"
-        raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
+def _parts(path):
+    """Yield the text of a file, at most PIECE characters at a time."""
+    with _readable(path), open(path, encoding="utf-8", newline="") as file:
+        try:
+            while part := file.read(PIECE):
+                yield part
+        except UnicodeDecodeError as error:
+            text = f"{path} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,})"
+            raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
 
 
-def _survey(files: list[Path]) -> tuple[str, str, int]:
+def _survey(files):
     """The text's SHA-256, its different characters, and their number in all."""
     digest, chars, length = hashlib.sha256(), set(), 0
     for text in _read("reading", files, digest):
@@ -361,7 +349,7 @@ def _survey(files: list[Path]) -> tuple[str, str, int]:
     return digest.hexdigest(), "".join(chars), length
 
 
-def _unchanged(files: list[Path], sha256: str) -> Iterator[str]:
+def _unchanged(files, sha256):
     """The texts once more; DataError at the end unless they are still what was surveyed."""
     digest = hashlib.sha256()
     yield from _read("encoding", files, digest)
@@ -369,9 +357,9 @@ def _unchanged(files: list[Path], sha256: str) -> Iterator[str]:
         raise DataError("The text changed while it was read: prepare it again once it stays.")
 
 
-def _read(what: str, files: list[Path], digest) -> Iterator[str]:
+def _read(what, files, digest):
     """The texts, summed, under a bar: in a terminal, silence in logs and in notebooks."""
-    total = sum(path.stat().st_size for path in files)
+    total = sum(files.values())
     with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for text in _texts(files):
             content = text.encode()
@@ -380,7 +368,7 @@ def _read(what: str, files: list[Path], digest) -> Iterator[str]:
             yield text
 
 
-def openings(data: Dataset, count: int = 3) -> tuple[str, ...]:
+def openings(data, count=3):
     """A few words from `count` places of the validation split: prompts that fit the text."""
     text = data.tokenizer.decode(data.splits["val"][: PIECE // 4])
     near = (text[len(text) * i // count :][:100] for i in range(count))
@@ -389,9 +377,7 @@ def openings(data: Dataset, count: int = 3) -> tuple[str, ...]:
 
 
 # ----- tokens -----
-def write_set(
-    folder: Path, texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, facts: dict
-) -> None:
+def write_set(folder, texts, tokenizer, facts):
     """Write one .bin a split and meta.json; nothing is touched before all is known to be good.
 
     `texts` are (split, text) pairs, a split's own in a row; `facts` are meta.json's other fields.
@@ -407,15 +393,12 @@ def write_set(
         _check_sizes(folder.name, entries)
     meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts, "dtype": "uint16"}
     meta |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": entries}
-    if isinstance(tokenizer, CharTokenizer):
-        meta["chars"] = tokenizer.chars
-    if isinstance(tokenizer, WordTokenizer):
-        meta["words"] = tokenizer.words
+    meta |= tokenizer.vocabulary
     with atomic_write(folder / "meta.json") as out:
         out.write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
 
 
-def _check_sizes(name: str, entries: dict[str, dict]) -> None:
+def _check_sizes(name, entries):
     for split, entry in entries.items():
         tokens, words = entry["tokens"], entry["words"] - entry["lines"]
         known = TOKENS.get(name, {}).get(split, tokens)
@@ -427,7 +410,7 @@ def _check_sizes(name: str, entries: dict[str, dict]) -> None:
             raise DataError(f"{text}; give some thousand characters or more.")
 
 
-def _write_split(out, texts: Iterable[str], tokenizer: Tokenizer) -> dict:
+def _write_split(out, texts, tokenizer):
     """Encode and write one split; return its entry in meta.json.
 
     Words are counted as in the published WikiText-2 figures: every line, blank ones too, ends
@@ -447,16 +430,16 @@ def _write_split(out, texts: Iterable[str], tokenizer: Tokenizer) -> dict:
     return counts | {"sha256": digest.hexdigest()}
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer):
+def _encoded(texts, tokenizer):
     """Yield (text, ids) in order, encoded by all cores: tiktoken lets go of Python's lock."""
     texts = _pieces(texts) if isinstance(tokenizer, GPT2Tokenizer) else (t for t in texts if t)
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        while batch := list(islice(texts, 2 * cores)):
+    threads = min(8, os.cpu_count() or 1)  # so that the memory does not grow with the cores
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(texts, 2 * threads)):
             yield from zip(batch, pool.map(tokenizer.encode_array, batch), strict=True)
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
+def _pieces(texts):
     """The same text in pieces that encode as the whole does.
 
     They are cut before a blank after a visible character. In GPT-2's pattern no token goes on from
@@ -478,7 +461,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 # ----- the command -----
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments=None):
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Prepare data sets (see data/README.md).")
     named = f"{', '.join(NAMES)}, all, or your text: a file, a folder or a pattern"

@@ -506,6 +506,30 @@ def test_folder_that_is_linked_into_itself_is_read_once(own, tmp_path):
     assert text_of(prepare_text(tmp_path / "texts", "mine", "char", tmp_path)) == play()
 
 
+@pytest.mark.parametrize("step", ["_find_files", "_alphabet"])
+def test_file_that_vanishes_once_it_was_found_is_named(own, tmp_path, monkeypatch, step):
+    """Before it is first read, or before it is read again to be encoded."""
+
+    run = getattr(preparing, step)
+
+    def vanishing(argument):
+        result = run(argument)
+        (tmp_path / "texts/one.txt").unlink()
+        return result
+
+    monkeypatch.setattr(preparing, step, vanishing)
+    with refused(tmp_path / "texts/one.txt", "cannot be read (No such file", "check the path"):
+        own(play())
+
+
+def test_no_path_is_not_the_current_folder(own, tmp_path, monkeypatch):
+    own(play())
+    monkeypatch.chdir(tmp_path / "texts")
+    with refused("'' matches no file"):
+        prepare_text("", "mine", "char", tmp_path)
+    assert text_of(prepare_text(Path(), "mine", "char", tmp_path)) == play()
+
+
 @pytest.fixture
 def unprivileged():
     """A folder that everyone may use, without root's right to read what is locked."""
@@ -562,21 +586,21 @@ def test_openings_are_words_of_the_validation_split(own, text):
         assert data.tokenizer.decode(data.tokenizer.encode(prompt)) == prompt
 
 
-LARGE = "import os, sys, data.prepare; os.cpu_count = lambda: 16; "
+LARGE = "import os, sys, data.prepare; os.cpu_count = lambda: 512; "
 LARGE += "data.prepare.prepare_text(*sys.argv[1:])"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to see a process's memory")
 def test_memory_does_not_grow_with_the_text_or_the_cores(tmp_path):
     """40 million characters, without a blank; pages of mapped files are not counted."""
-    source, peak = put(tmp_path, "large.txt", "abcdefgh" * 5_000_000), 0
+    source, peak = put(tmp_path, "large.txt", "abcdefg\u0101" * 5_000_000), 0
     command = [sys.executable, "-c", LARGE, source, "large", "char", tmp_path]
     with subprocess.Popen(command, cwd=CODE.parent) as child:
         while child.poll() is None:
             status = Path(f"/proc/{child.pid}/status").read_text()
             peak = max(peak, *map(int, re.findall(r"RssAnon:\s+(\d+) kB", status)), 0)
             time.sleep(0.005)
-    assert child.returncode == 0 and sum(load(tmp_path / "large").bytes.values()) == 40_000_000
+    assert child.returncode == 0 and sum(load(tmp_path / "large").bytes.values()) == 45_000_000
     assert 0 < peak < 150 << 10, f"{peak >> 10} MiB"
 
 
@@ -637,6 +661,16 @@ def test_gpt2_refuses_what_has_no_blank_for_too_long(tmp_path, merging, monkeypa
 def folder(own):
     """A prepared folder to damage."""
     return own(play()).folder
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to see a process's memory")
+def test_loading_maps_tokens_and_reads_each_once(own):
+    """Its sum reads the file; a look through the map would read all pages a second time."""
+    data = own(play(30_000))
+    maps = Path("/proc/self/smaps").read_text()
+    for split in data.splits:
+        mapping = maps[maps.index(str(data.folder / f"{split}.bin")) :]
+        assert re.search(r"Rss: +(\d+) kB", mapping)[1] == "0", f"{split} is in memory"
 
 
 DAMAGE = {"shorter": lambda b: b[:-2], "odd": lambda b: b[:-1], "longer": lambda b: b + b"\0\0"}
@@ -736,7 +770,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 SAYS = {"shakespeare_char": "shakespeare_char cannot be prepared: put tinyshakespeare/"}
-SAYS |= {"all": "wikitext2 cannot be prepared: put wikitext-2/", "a*.md": "a*.md matches no file"}
+SAYS |= {"all": "wikitext2 cannot be prepared: put wikitext-2/", "a*.md": "'a*.md' matches no file"}
 SAYS |= {"bad.txt --char": "bad.txt is not UTF-8", "notes.txt --name raw": "A set cannot be called"}
 SAYS |= {"notes.txt": f"The text cannot be prepared: put {', '.join(GPT2)}"}
 SAYS["x" * 300] = "x" * 300 + " cannot be read (File name too long)"
