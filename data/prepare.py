@@ -1,10 +1,7 @@
 """Make the data sets: text in, .bin files of uint16 token ids and a meta.json out.
 
-    python data/prepare.py wikitext2                 WikiText-2 in GPT-2 BPE, to data/wikitext2
-    python data/prepare.py wikitext2_words           WikiText-2 by word
-    python data/prepare.py shakespeare_char          Tiny Shakespeare by character
-    python data/prepare.py all                       these three
-    python data/prepare.py notes.txt                 your own text in GPT-2 BPE, to data/notes
+    python data/prepare.py wikitext2    or wikitext2_words, shakespeare_char, all: see README.md
+    python data/prepare.py notes.txt    your own text in GPT-2 BPE, to data/notes
     python data/prepare.py "letters/*.md" --char --name letters
 
 A text streams through memory a piece at a time, so that its size does not matter.
@@ -124,14 +121,12 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
 
 def _open_or_make(folder, make, wanted=lambda data: True):
     """The set in `folder` if it is intact and wanted; else it is made, by one process at a time."""
-    data = _intact(folder)
-    if data is not None and wanted(data):
+    if data := _find(folder, wanted):
         return data
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            data = _intact(folder)  # another process may have made it meanwhile
-            if data is None or not wanted(data):
+            if not _find(folder, wanted):  # another process may have made it meanwhile
                 make()
     except OSError as error:
         text = f"{folder} cannot be written ({reason(error)}): make it writable."
@@ -139,12 +134,12 @@ def _open_or_make(folder, make, wanted=lambda data: True):
     return load(folder)
 
 
-def _intact(folder):
+def _find(folder, wanted):
     try:
         data = load(folder)
     except DataError:
         return None
-    return data if data.name == folder.name else None
+    return data if data.name == folder.name and wanted(data) else None
 
 
 # ----- the sets -----
@@ -270,10 +265,8 @@ def _set_name(source, name, tokenizer):
         stem = re.sub(r"[^\w-]+", "_", Path(source).stem).strip("_") or "own"
         name = stem[:50] + "_char" * (tokenizer == "char")
     if not re.fullmatch(r"\w[\w.-]{,59}", name) or name in TAKEN:
-        text = (
-            f"A set cannot be called {name!r}: give at most 60 letters, digits, - and _, but none"
-        )
-        raise ValueError(f"{text} of {', '.join(TAKEN)}.")
+        text = f"A set cannot be called {name!r}: give at most 60 letters, digits, - and _"
+        raise ValueError(f"{text}, but none of {', '.join(TAKEN)}.")
     return name
 
 
@@ -291,32 +284,26 @@ def _find_files(source):
     path = Path(source)
     with _readable(source):
         if str(source) and path.is_dir():  # Path("") is the current folder
-            found = _walk(path)
+            found = _walk(path, set())
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
         files = sorted((file for file in found if file.is_file()), key=Path.as_posix)
         sizes = {file: file.stat().st_size for file in files}
     if not sizes:
-        text = f"{str(source)!r} matches no file: give a text file, a folder or a pattern."
-        raise DataError(text)
+        raise DataError(f"{str(source)!r} matches no file: give a file, a folder or a pattern.")
     if not any(sizes.values()):
         raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
     return {file: size for file, size in sizes.items() if size}
 
 
-def _walk(folder):
-    """The files in a folder and below, each folder once; OSError for one that cannot be read."""
-
-    def refuse(error):
-        raise error
-
-    seen = set()
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(parent) in seen:  # a link that leads back
-            folders[:], files = [], []
-        seen.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in files if not name.startswith("."))
+def _walk(folder, seen):
+    """The files in a folder and below, hidden ones left out; a folder that is `seen` is not."""
+    if folder.resolve() in seen:  # a link leads back to it
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            yield from _walk(path, seen) if path.is_dir() else [path]
 
 
 def _texts(files):
@@ -477,11 +464,11 @@ def main(arguments=None):
         for name in names:
             data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
             for split, tokens in data.splits.items():
-                size, words = data.bytes[split], data.words[split]
                 counts = (
-                    f"{len(tokens):,} tokens ({data.tokenizer.name}), {size:,} bytes, {words:,}"
+                    f"{len(tokens):,} tokens ({data.tokenizer.name}), {data.bytes[split]:,} bytes"
                 )
-                print(f"{data.title}, {split}: {counts} words, from {data.meta['source']}")
+                counts += f", {data.words[split]:,} words"
+                print(f"{data.title}, {split}: {counts}, from {data.meta['source']}")
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
