@@ -186,8 +186,7 @@ def save(chunks, target: Path, source: Source, address: str) -> None:
 def _places(source: Source, raw: Path):
     """Yield (origin, address, chunks) in the order of trial; chunks are read when asked for."""
     yield "data/raw", str(raw / source.path), read(str(raw / source.path))
-    mirror = os.environ.get("DATA_MIRROR")
-    if mirror:
+    if mirror := os.environ.get("DATA_MIRROR"):
         address = f"{mirror.rstrip('/')}/{source.path}"
         yield "DATA_MIRROR", address, read(address)
     if os.environ.get("NANOGPT_OFFLINE", "0") not in ("", "0"):
@@ -218,8 +217,11 @@ def fetch(source: Source, raw: Path, target: Path | None = None) -> tuple[Path, 
             if origin == "DATA_MIRROR" and isinstance(error, WrongBytes):
                 raise WrongBytes(f"{error}: replace the file or unset DATA_MIRROR.") from None
             failures.append(str(error))
-    tried = "; ".join(failures)
-    raise Unavailable(f"no place gave {source.path} with SHA-256 {source.sha256} (tried {tried})")
+    raise Unavailable(
+        f"{source.path} cannot be had: put it and its set's other files (see data/README.md) under "
+        f"{raw}, or set DATA_MIRROR to a folder or address that holds them; no place gave its "
+        f"SHA-256 {source.sha256} (tried {'; '.join(failures)})."
+    )
 
 
 def fetch_gpt2(root: Path) -> None:

@@ -28,18 +28,7 @@ if __name__ == "__main__":  # run as a script, sys.path starts at this folder, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.dataset import FORMAT, UNK, CharTokenizer, GPT2Tokenizer, WordTokenizer, load, meta_sum
-from data.fetch import (
-    GPT2_FILES,
-    SHAKESPEARE,
-    WIKITEXT2,
-    DataError,
-    Unavailable,
-    WrongBytes,
-    atomic_write,
-    fetch,
-    fetch_gpt2,
-    reason,
-)
+from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Unavailable, atomic_write, fetch, reason
 
 ROOT = Path(__file__).resolve().parent
 PIECE = 1 << 18  # characters read, and about as many encoded, at a time
@@ -55,11 +44,6 @@ TOKENS = {
 NAMES = tuple(TOKENS)
 STAND_INS = dict(zip(NAMES, ("stand_in_gpt2", "stand_in_words", "stand_in_char"), strict=True))
 TAKEN = (*NAMES, "shakespeare", *STAND_INS.values(), "raw", "gpt2_cache", "all")
-SOURCES = {
-    "wikitext2": (*WIKITEXT2.values(), *GPT2_FILES),
-    "wikitext2_words": tuple(WIKITEXT2.values()),
-    "shakespeare_char": (SHAKESPEARE,),
-}
 
 
 def prepare(name, *, allow_stand_in=False, root=ROOT):
@@ -78,10 +62,10 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
         return _open_or_make(folder, lambda: make(folder, root))
     except Unavailable as error:
         if (folder / "meta.json").exists():
-            text = f"{folder} is damaged and cannot be made again now, since {error}."
+            text = f"{folder} is damaged and cannot be made again now: {error}"
             raise DataError(text) from error
         if not allow_stand_in:
-            raise Unavailable(_refusal(name, SOURCES[name], root, error)) from error
+            raise
     return _stand_in(name, root)
 
 
@@ -91,8 +75,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     `source` is a UTF-8 file, a folder (all files in it and below, hidden ones left out) or a glob
     pattern; files follow one another by path, each but the last ended by a line end. `tokenizer`
     is "gpt2" or "char". The set is called `name`, or after the source; another own text of this
-    name is replaced. ValueError for a name or tokenizer that cannot be; DataError for a text that
-    is missing, empty, too short, not UTF-8, or changing.
+    name is replaced.
     """
     if tokenizer not in ("gpt2", "char"):
         raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
@@ -108,7 +91,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
         return found == ({"text": digest}, tokenizer)
 
     def make():
-        made = _alphabet(chars) if tokenizer == "char" else _gpt2_tokenizer(root)
+        made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
         facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
         facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
         facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
@@ -181,7 +164,9 @@ def _stand_in(name, root):
     tokenizer = _vocabulary(texts["train"]) if name == "wikitext2_words" else _alphabet(text)
     if name == "wikitext2":
         with contextlib.suppress(Unavailable):  # without its files, by character as well
-            tokenizer = _gpt2_tokenizer(root)
+            gpt2 = GPT2Tokenizer(root)
+            gpt2.encode("")  # seeks them
+            tokenizer = gpt2
     sums = {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()}
     title = f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}"
     facts = {"title": title, "variant": "stand-in", "stand_in": True, "source_sha256": sums}
@@ -194,22 +179,6 @@ def _stand_in(name, root):
         lambda: write_set(folder, texts.items(), tokenizer, facts),
         lambda data: (data.meta["source_sha256"], data.vocab_size) == (sums, tokenizer.vocab_size),
     )
-
-
-def _gpt2_tokenizer(root):
-    """GPT-2's tokenizer, once its files are there. Unavailable says which to put where."""
-    try:
-        fetch_gpt2(root)
-    except Unavailable as error:
-        text = _refusal("The text", GPT2_FILES, root, error)
-        raise Unavailable(f"{text} By character it needs no files.") from error
-    return GPT2Tokenizer(root)
-
-
-def _refusal(name, sources, root, error):
-    files, raw = ", ".join(source.path for source in sources), root / "raw"
-    text = f"{name} cannot be prepared: put {files} under {raw}, or set DATA_MIRROR to a folder or"
-    return f"{text} address that holds them under these names, since {error}."
 
 
 # ----- texts -----
@@ -391,7 +360,7 @@ def _check_sizes(name, entries):
         known = TOKENS.get(name, {}).get(split, tokens)
         if tokens != known:
             text = f"{name} {split} came to {tokens} tokens where {known} are right: install the"
-            raise WrongBytes(f"{text} tiktoken of requirements.txt and prepare again.")
+            raise DataError(f"{text} tiktoken of requirements.txt and prepare again.")
         if tokens < 2 or words < 1:
             text = f"The text is too short: its split {split} has {tokens} tokens and {words} words"
             raise DataError(f"{text}; give some thousand characters or more.")

@@ -267,7 +267,7 @@ def test_prepare_by_character(small_play, monkeypatch):
     assert data.meta["source"] == "DATA_MIRROR" and str(small_play) not in json.dumps(data.meta)
     shutil.rmtree(data.folder)
     monkeypatch.setattr(preparing, "TOKENS", {"shakespeare_char": {"train": 1}})
-    with refused("where 1 are right", error=WrongBytes):
+    with refused("where 1 are right"):
         prepare("shakespeare_char", root=small_play)
     assert files_under(small_play / "shakespeare_char") == []
 
@@ -288,18 +288,16 @@ def test_unknown_names_are_refused(small_play):
         prepare_text(small_play / "raw", "mine", "words", small_play)
 
 
-GPT2 = ["gpt2/vocab.bpe", "gpt2/encoder.json"]
-FILES = [source.path for source in WIKITEXT2.values()] + GPT2
-STAND_INS = [("wikitext2", FILES, "stand_in_gpt2", {"train": 80, "val": 10, "test": 10})]
-FILES = [source.path for source in WIKITEXT2.values()]
-STAND_INS += [("wikitext2_words", FILES, "stand_in_words", STAND_INS[0][3])]
-FILES = [SHAKESPEARE.path]
-STAND_INS += [("shakespeare_char", FILES, "stand_in_char", {"train": 90, "val": 10})]
+STAND_INS = {"wikitext2": "stand_in_gpt2", "wikitext2_words": "stand_in_words"}
+STAND_INS |= {"shakespeare_char": "stand_in_char"}
 
 
-@pytest.mark.parametrize("name, files, folder, percent", STAND_INS)
-def test_stand_in_never_bears_the_real_name(tmp_path, name, files, folder, percent):
-    with refused(*files, tmp_path / "raw", "DATA_MIRROR", error=Unavailable):
+@pytest.mark.parametrize("name, folder", STAND_INS.items())
+def test_stand_in_never_bears_the_real_name(tmp_path, name, folder):
+    file, percent = WIKITEXT2["train"].path, {"train": 80, "val": 10, "test": 10}
+    if name == "shakespeare_char":
+        file, percent = SHAKESPEARE.path, {"train": 90, "val": 10}
+    with refused(file, "data/README.md", tmp_path / "raw", "DATA_MIRROR", error=Unavailable):
         prepare(name, root=tmp_path)
     assert files_under(tmp_path) == []
     data = prepare(name, allow_stand_in=True, root=tmp_path)
@@ -769,10 +767,10 @@ def command(tmp_path, monkeypatch, capsys):
     return lambda arguments: (main(arguments.split()), *capsys.readouterr())
 
 
-SAYS = {"shakespeare_char": "shakespeare_char cannot be prepared: put tinyshakespeare/"}
-SAYS |= {"all": "wikitext2 cannot be prepared: put wikitext-2/", "a*.md": "'a*.md' matches no file"}
+SAYS = {"shakespeare_char": "tinyshakespeare/input.txt cannot be had: put it and its set's other"}
+SAYS |= {"all": "wikitext-2/train.txt cannot be had: put it", "a*.md": "'a*.md' matches no file"}
 SAYS |= {"bad.txt --char": "bad.txt is not UTF-8", "notes.txt --name raw": "A set cannot be called"}
-SAYS |= {"notes.txt": f"The text cannot be prepared: put {', '.join(GPT2)}"}
+SAYS |= {"notes.txt": "gpt2/vocab.bpe cannot be had: put it"}
 SAYS["x" * 300] = "x" * 300 + " cannot be read (File name too long)"
 
 
