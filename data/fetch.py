@@ -153,10 +153,10 @@ def atomic_write(target: Path):
             os.fsync(out.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise DataError(
-            f"{target} cannot be written ({reason(error)}): make room or make its folder writable, "
-            "then try again; what was there before is unharmed."
-        ) from error
+        text = (
+            f"{target} cannot be written ({reason(error)}): make room or make its folder writable"
+        )
+        raise DataError(f"{text}, then try again; what was there before is unharmed.") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -176,10 +176,8 @@ def save(chunks, target: Path, source: Source, address: str) -> None:
             if size > source.size:  # do not fill the disk with what is wrong already
                 break
         if digest.hexdigest() != source.sha256:
-            raise WrongBytes(
-                f"{address}: not {source.path} with its {source.size} bytes and SHA-256 "
-                f"{source.sha256}, but {size} bytes or more with {digest.hexdigest()}"
-            )
+            text = f"{address}: not {source.path} with SHA-256 {source.sha256}, but {size:,} bytes"
+            raise WrongBytes(f"{text} or more with {digest.hexdigest()}")
 
 
 # ----- finding -----

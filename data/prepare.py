@@ -57,16 +57,16 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(NAMES)}.")
     root = Path(root)
     folder = root / name
-    make = _make_shakespeare if name == "shakespeare_char" else _make_wikitext2
+    parts = _shakespeare if name == "shakespeare_char" else _wikitext2
     try:
-        return _open_or_make(folder, lambda: make(folder, root))
+        return _intact(folder) or _open_or_make(folder, *parts(name, root))
     except Unavailable as error:
         if (folder / "meta.json").exists():
             text = f"{folder} is damaged and cannot be made again now: {error}"
             raise DataError(text) from error
         if not allow_stand_in:
             raise
-    return _stand_in(name, root)
+    return _open_or_make(root / STAND_INS[name], *_stand_in(name, root))
 
 
 def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
@@ -83,71 +83,69 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     folder = root / _set_name(source, name, tokenizer)
     files = _find_files(source)
     digest, chars, length = _survey(files)
-
-    def is_same(data):
-        if data.meta["variant"] != "own":
-            raise DataError(f"{folder} holds another kind of set: choose another name.")
-        found = data.meta["source_sha256"], data.tokenizer.name
-        return found == ({"text": digest}, tokenizer)
-
-    def make():
-        made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
-        facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
-        facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
-        facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
-        facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
-        texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
-        write_set(folder, texts, made, facts)
-
-    return _open_or_make(folder, make, is_same)
+    texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
+    made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
+    facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
+    facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
+    facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
+    facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
+    return _open_or_make(folder, texts, made, facts)
 
 
-def _open_or_make(folder, make, wanted=lambda data: True):
-    """The set in `folder` if it is intact and wanted; else it is made, by one process at a time."""
-    if data := _find(folder, wanted):
+def _open_or_make(folder, texts, tokenizer, facts):
+    """The set in `folder` if it is the same; else it is made, by one process at a time."""
+    if data := _same(folder, tokenizer, facts):
         return data
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            if not _find(folder, wanted):  # another process may have made it meanwhile
-                make()
+            if not _same(folder, tokenizer, facts):  # another process may have made it meanwhile
+                write_set(folder, texts, tokenizer, facts)
     except OSError as error:
         text = f"{folder} cannot be written ({reason(error)}): make it writable."
         raise DataError(text) from error
     return load(folder)
 
 
-def _find(folder, wanted):
+def _same(folder, tokenizer, facts):
+    """The set in `folder` if it is intact, by this tokenizer and of the same source."""
+    data = _intact(folder)
+    if data and data.meta["variant"] != facts["variant"]:
+        raise DataError(f"{folder} holds another kind of set: choose another name.")
+    wanted = facts["source_sha256"], tokenizer.name
+    return data if data and (data.meta["source_sha256"], data.tokenizer.name) == wanted else None
+
+
+def _intact(folder):
     try:
         data = load(folder)
     except DataError:
         return None
-    return data if data.name == folder.name and wanted(data) else None
+    return data if data.name == folder.name else None
 
 
-# ----- the sets -----
-def _make_wikitext2(folder, root):
+# ----- the sets: texts by split, a tokenizer, and the facts for meta.json -----
+def _wikitext2(name, root):
     """WikiText-2 v1: each file's exact text in GPT-2 BPE or by word, blank lines included."""
     texts, facts = _fetch_texts(WIKITEXT2.values(), root)
-    by_word = folder.name == "wikitext2_words"
+    by_word = name == "wikitext2_words"
     facts |= {"title": "WikiText-2 by word" if by_word else "WikiText-2", "variant": "v1"}
     facts["licence"] = "CC BY-SA 3.0 and GFDL (Wikipedia contributors; Merity et al. 2016)"
     facts["split_rule"] = "the files' own train, validation and test parts"
     tokenizer = _vocabulary(texts[0]) if by_word else GPT2Tokenizer(root)
-    write_set(folder, zip(WIKITEXT2, texts, strict=True), tokenizer, facts)
+    return zip(WIKITEXT2, texts, strict=True), tokenizer, facts
 
 
-def _make_shakespeare(folder, root):
+def _shakespeare(name, root):
     """Tiny Shakespeare by character: the first 90% of the characters train, the rest validates."""
     (text,), facts = _fetch_texts([SHAKESPEARE], root)
     cut = len(text) * 9 // 10
     facts |= {"title": "Tiny Shakespeare", "variant": "char", "licence": "public domain"}
     facts["split_rule"] = "contiguous: the first 90% of the characters train, the rest validates"
-    write_set(folder, [("train", text[:cut]), ("val", text[cut:])], _alphabet(text), facts)
+    return [("train", text[:cut]), ("val", text[cut:])], _alphabet(text), facts
 
 
 def _fetch_texts(sources, root):
-    """The sources' texts, and their facts for meta.json."""
     found = [fetch(source, root / "raw") for source in sources]
     facts = {"source": ", ".join(sorted({origin for _, origin in found}))}
     facts["source_sha256"] = {source.path: source.sha256 for source in sources}
@@ -157,28 +155,23 @@ def _fetch_texts(sources, root):
 def _stand_in(name, root):
     """The Python manual in place of a set: never under that set's folder, name or title."""
     text = "\n\n".join(topics[key].strip("\n") for key in sorted(topics)) + "\n"
-    percent = {"train": 80, "val": 10, "test": 10}
+    ends = {"train": 80, "val": 90, "test": 100}  # percent of the text
     if name == "shakespeare_char":
-        percent = {"train": 90, "val": 10}
-    texts = _divide(text, percent)
+        ends = {"train": 90, "val": 100}
+    texts = _divide(text, ends)
     tokenizer = _vocabulary(texts["train"]) if name == "wikitext2_words" else _alphabet(text)
     if name == "wikitext2":
         with contextlib.suppress(Unavailable):  # without its files, by character as well
             gpt2 = GPT2Tokenizer(root)
             gpt2.encode("")  # seeks them
             tokenizer = gpt2
-    sums = {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()}
     title = f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}"
-    facts = {"title": title, "variant": "stand-in", "stand_in": True, "source_sha256": sums}
+    facts = {"title": title, "variant": "stand-in", "stand_in": True}
     facts["licence"] = "Python Software Foundation License"
     facts["source"] = "pydoc_data.topics of this Python"
-    facts["split_rule"] = f"contiguous, percent of the characters, to the line end: {percent}"
-    folder = root / STAND_INS[name]
-    return _open_or_make(
-        folder,
-        lambda: write_set(folder, texts.items(), tokenizer, facts),
-        lambda data: (data.meta["source_sha256"], data.vocab_size) == (sums, tokenizer.vocab_size),
-    )
+    facts["source_sha256"] = {"text": hashlib.sha256(text.encode()).hexdigest()}
+    facts["split_rule"] = f"contiguous, to the line end after these % of the characters: {ends}"
+    return texts.items(), tokenizer, facts
 
 
 # ----- texts -----
@@ -217,12 +210,11 @@ def _split_at(cut, reach, texts):
         cut -= len(text)
 
 
-def _divide(text, percent):
-    """Contiguous parts of about these percentages, by split; each ends where a line does."""
-    parts, start, done = {}, 0, 0
-    for split, share in percent.items():
-        done += share
-        end = text.index("\n", len(text) * done // 100 - 1) + 1
+def _divide(text, ends):
+    """Contiguous parts by split; each ends with the line at its percentage of the text."""
+    parts, start = {}, 0
+    for split, percent in ends.items():
+        end = text.index("\n", len(text) * percent // 100 - 1) + 1
         parts[split], start = text[start:end], end
     return parts
 

@@ -733,7 +733,7 @@ READ = {
     "1 @,@ 200 @.@ 5 km ( 746 mi ) , or 5 %": "1,200.5 km (746 mi), or 5%",
     'a " cat \'s game " ; he didn \'t " see " .': 'a "cat\'s game"; he didn\'t "see".',
     'one " quote <eos> " more " left': 'one " quote\n"more" left',
-    "Who ? [ sic ] : he ... !": "Who? [sic]: he...!",
+    "Who ? [ sic ] : O 'Brien ... !": "Who? [sic]: O'Brien...!",
     "cats ' .22 US $ 5 at 4 : 30": "cats ' .22 US $5 at 4: 30",
 }
 
