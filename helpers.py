@@ -45,10 +45,9 @@ class TrainConfig:
     n_embd: int = 384
     dropout: float = 0.1
     bias: bool = True
-    rotary: bool = False  # this and the next four: see GPTConfig
-    qk_norm: bool = False
-    squared_relu: bool = False
+    rotary: bool = False  # this and the next three: see GPTConfig
     rms_norm: bool = False
+    attn_gate: bool = False
     pointer: bool = False
     learning_rate: float = 1e-3  # peak, reached after the warm-up
     min_lr: float = 1e-4  # reached when the last step is done
@@ -119,13 +118,14 @@ def _make_presets():
     longer = replace(quick, n_embd=128, max_iters=800, eval_interval=100)
     tiny = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=16, max_iters=20)
     smoke = replace(quick, **tiny, warmup_iters=4, eval_interval=5, eval_iters=2)
-    modern = dict(rotary=True, qk_norm=True, squared_relu=True, rms_norm=True, bias=False)
-    modern |= dict(min_lr=1e-5, compile=True)
-    words = dict(pointer=True, batch_size=8, block_size=1024, dropout=0.35, learning_rate=6e-4)
-    words |= dict(muon_lr_scale=33.0, max_iters=9600, warmup_iters=300, eval_interval=1600)
-    chars = dict(batch_size=64, dropout=0.4, weight_decay=0.3, muon_lr_scale=20.0)
-    chars |= dict(max_iters=2500, warmup_iters=100, eval_interval=500, eval_iters=40)
-    improved = (replace(full, **modern, **words, eval_iters=25), replace(full, **modern, **chars))
+    modern = dict(rotary=True, rms_norm=True, attn_gate=True, bias=False, min_lr=1e-5, compile=True)
+    words = dict(pointer=True, n_layer=12, batch_size=4, block_size=2048, dropout=0.3)
+    words |= dict(learning_rate=1e-3, muon_lr_scale=27.0, warmup_iters=300)
+    words |= dict(max_iters=4400, eval_interval=550, eval_iters=25)
+    chars = dict(batch_size=64, dropout=0.4, weight_decay=0.3, learning_rate=2e-3)
+    chars |= dict(muon_lr_scale=10.0, warmup_iters=100)
+    chars |= dict(max_iters=2500, eval_interval=250, eval_iters=40)
+    improved = (replace(full, **modern, **words), replace(full, **modern, **chars))
     shakespeare = replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4)
     report = Preset("full", full, shakespeare, needs_real_data=True, evaluate_all=True)
     quick, smoke = Preset("quick", quick, longer), Preset("smoke", smoke, smoke, new_tokens=20)
@@ -153,8 +153,10 @@ class Precision:
     dtype: torch.dtype
     reason: str
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, scaler=True):
+        """Forward passes in the dtype; without a gradient scaler float16 is float32."""
+        enabled = self.dtype == torch.bfloat16 or scaler and self.dtype == torch.float16
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
 
 def choose_precision(device=None):
@@ -355,29 +357,62 @@ def ensemble_losses(losses):
     return math.log(len(losses)) - torch.logsumexp(-losses.double(), dim=0)
 
 
-def dynamic_evaluation(model, data, split, lr, precision, n_tokens=None):
-    """Losses (N,) of a split, or its first `n_tokens`, by a copy of the model that learns on it.
+def stretch_length(block_size):
+    """Tokens that dynamic evaluation reads between two steps."""
+    return max(1, min(128, block_size // 8))
 
-    Dynamic evaluation (Krause et al. 2018): an eighth of the context is evaluated, then learnt from
-    in one step of Adam without first moments. In bfloat16 where `precision` is, else in float32.
+
+def squared_gradients(model, data, precision, windows=400):
+    """Mean squared gradient of each parameter over random training windows, as tensors like them.
+
+    They scale the steps of `dynamic_evaluation` (Krause et al. 2018).
     """
     device, block = precision.device, model.config.block_size
-    stride, model = max(1, block // 8), copy.deepcopy(model).to(precision.device).eval()
+    tokens, generator = load_tokens(data.splits["train"], device), torch.Generator().manual_seed(0)
+    starts = torch.randint(len(tokens) - block, (windows,), generator=generator).to(device)
+    x, y = get_batch(tokens, starts, block)
+    targets = torch.arange(block - stretch_length(block), block, device=device)
+    model = copy.deepcopy(model).to(device).eval()
+    means = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def step():
+        with precision.autocast(scaler=False):
+            loss = model.token_losses(x[row], y[row], targets).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        torch._foreach_addcmul_(means, gradients, gradients, 1 / windows)
+        row.add_(1)
+
+    repeat(step, windows, device, warmup=3)
+    return means
+
+
+def dynamic_evaluation(model, data, split, lr, squares, precision, n_tokens=None):
+    """Losses (N,) of a split, or its first `n_tokens`, by a copy of the model that learns on it.
+
+    Dynamic evaluation (Krause et al. 2018): a stretch of tokens is evaluated, then learnt from in
+    one step of Adam without first moments, whose second ones begin as `squared_gradients`.
+    """
+    device, block = precision.device, model.config.block_size
+    stretch, model = stretch_length(block), copy.deepcopy(model).to(device).eval()
     tokens = load_tokens(data.splits[split][:n_tokens], device, resident=True).long()
     length, tokens = len(tokens), F.pad(tokens, (1, block))  # inputs [i], targets [i + 1]
     tokens[0] = data.bos_id
-    begins = torch.arange(0, length, stride, device=device)
-    losses = torch.zeros(len(begins), stride, device=device)
+    begins = torch.arange(0, length, stretch, device=device)
+    losses = torch.zeros(len(begins), stretch, device=device)
     row = torch.zeros(1, dtype=torch.int64, device=device)
-    options = {"betas": (0.0, 0.999), "fused": True, "capturable": device.type == "cuda"}
+    options = {"betas": (0.0, 0.9999), "fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, **options)
+    for parameter, square in zip(model.parameters(), squares, strict=True):
+        state = {"step": torch.tensor(1e5, device=device), "exp_avg": torch.zeros_like(parameter)}
+        optimizer.state[parameter] = state | {"exp_avg_sq": square.clone()}
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        start = (begins[row] - (block - stride)).clamp(min=0)
+        start = (begins[row] - (block - stretch)).clamp(min=0)
         x, y = get_batch(tokens, start, block)
-        targets = begins[row] + torch.arange(stride, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision.dtype == torch.bfloat16):
+        targets = begins[row] + torch.arange(stretch, device=device)
+        with precision.autocast(scaler=False):
             found = model.token_losses(x, y, targets - start)
         losses.index_copy_(0, row, found.detach()[None])
         (found * (targets < length)).mean().backward()
@@ -510,8 +545,8 @@ class Optimizers:
     grad_scale = found_inf = None
 
     def __init__(self, model, config, lr, device_type):
-        hidden = model.transformer.h.parameters() if config.muon_lr_scale else []
-        matrices = [parameter for parameter in hidden if parameter.dim() == 2]
+        hidden = model.transformer.h.named_parameters() if config.muon_lr_scale else []
+        matrices = [p for name, p in hidden if p.dim() == 2 and "c_gate" not in name]
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         adamw = model.configure_optimizers(decay, lr, betas, device_type, leave_out=matrices)
         self.by_name = {"optimizer": adamw}

@@ -33,9 +33,8 @@ class GPTConfig:
     dropout: float = 0.1  # probability, on embeddings, attention weights and layer outputs
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
     rotary: bool = False  # rotary position embedding (Su et al. 2021), not a learned one
-    qk_norm: bool = False  # RMS-normalised queries and keys (Henry et al. 2020)
-    squared_relu: bool = False  # in place of GELU (So et al. 2021)
     rms_norm: bool = False  # RMSNorm without gain (Zhang and Sennrich 2019), not layer norm
+    attn_gate: bool = False  # each head's output scaled by a gate (Qiu et al. 2025)
     pointer: bool = False  # pointer-sentinel mixture over the context (Merity et al. 2016)
 
     def __post_init__(self):
@@ -83,13 +82,13 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.attn_gate:
+            self.c_gate = nn.Linear(config.n_embd, config.n_head, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary=None, past=None):
         B, T, C = x.shape  # below: (B, T, H, D)
         q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim).unbind(2)
-        if self.config.qk_norm:
-            q, k = (F.rms_norm(part, part.shape[-1:]).type_as(v) for part in (q, k))
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         mask, dropout = None, self.config.dropout if self.training else 0.0
@@ -100,7 +99,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         causal = {"dropout_p": dropout, "is_causal": mask is None}
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **causal)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2)
+        if self.config.attn_gate:
+            y = y * 2 * torch.sigmoid(self.c_gate(x))[..., None]  # near 1 at first
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
 
 class MLP(nn.Module):
@@ -108,13 +110,12 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.activation = (lambda x: F.relu(x).square()) if config.squared_relu else F.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):

@@ -54,7 +54,7 @@ def model(config, corpus):
 
 
 # the architecture options that nanoGPT has not, one by one and all together
-OPTIONS = [{"rotary": True}, {"qk_norm": True}, {"squared_relu": True}, {"rms_norm": True}]
+OPTIONS = [{"rotary": True}, {"rms_norm": True}, {"attn_gate": True}]
 OPTIONS.append({"pointer": True})
 OPTIONS.append({name: True for option in OPTIONS for name in option})
 

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +32,10 @@ STUDIED = {
     "block_size": (128, 256, 512),
     "dropout": (0.0, 0.1, 0.3),
 }
+
+
+def prepared(name, preset):
+    return prepare(name, allow_stand_in=not preset.needs_real_data)
 
 
 def score(data, config, precision, which, stride=None):
@@ -56,39 +60,56 @@ def improved_configs(preset):
     return preset.improved or [replace(c, **small) for c in helpers.PRESETS["record"].improved]
 
 
+def cumulative(baseline, steps, improved):
+    """(step, data set, config) per step, whose changes come on top of those before it."""
+    rows, changes = [], {}
+    for step, name, more in steps:
+        changes |= more
+        rows.append((step, name, replace(baseline, **changes)))
+    return [*rows, improved]
+
+
 def ladder_configs(preset):
-    """Per data set (step, config) from the baseline to the improved model, each on the last's."""
+    """Per text (step, data set, config) from the baseline to the improved model."""
     text, play = improved_configs(preset)
-    steps = {"rotary position embedding, no biases": {"rotary": True, "bias": False}}
-    steps |= {"QK-norm": {"qk_norm": True}, "squared ReLU": {"squared_relu": True}}
-    steps |= {"RMSNorm without gain": {"rms_norm": True}}
-    muon = f"Muon for the hidden matrices, final learning rate {text.min_lr:g}"
-    steps |= {muon: {"muon_lr_scale": 20.0, "min_lr": text.min_lr}}
-    texts = [("baseline", preset.wikitext2)]
-    for step, changes in steps.items():
-        texts.append((step, replace(texts[-1][1], **changes)))
-    longer = f"batch size {text.batch_size}, context {text.block_size:,}, dropout {text.dropout:g}"
-    longer += f", learning rate {text.learning_rate:g}, {text.max_iters:,} steps"
-    texts.append((longer, replace(text, pointer=False)))
-    texts.append(("pointer-sentinel mixture", text))
-    own = {"batch_size": play.batch_size, "max_iters": play.max_iters, "bias": False}
-    own |= {"learning_rate": 1e-3, "min_lr": 1e-4, "dropout": 0.2}
-    plays = [("baseline", preset.shakespeare)]
-    first = f"batch size {play.batch_size}, learning rate 0.001, dropout 0.2, no biases"
-    plays.append((first, replace(plays[0][1], **own, warmup_iters=play.warmup_iters)))
-    last = f"the options above and Muon, dropout {play.dropout:g}, weight decay"
-    plays.append((f"{last} {play.weight_decay:g}, {play.max_iters:,} steps", play))
-    return texts, plays
+    pieces, words, chars = "wikitext2", "wikitext2_words", "shakespeare_char"
+    muon = {"muon_lr_scale": 20.0, "min_lr": text.min_lr}
+    size = f"{text.n_layer} layers, context {text.block_size:,}, dropout {text.dropout:g}"
+    size += f", learning rate {text.learning_rate:g}, {text.max_iters:,} steps"
+    texts = [
+        ("baseline", pieces, {}),
+        ("by word instead of GPT-2's subwords", words, {}),
+        ("rotary position embedding, no biases", words, {"rotary": True, "bias": False}),
+        ("RMSNorm without gain", words, {"rms_norm": True}),
+        ("Muon for the hidden matrices", words, muon),
+        ("gate per attention head", words, {"attn_gate": True}),
+        (size, words, asdict(replace(text, pointer=False))),
+    ]
+    own = {"batch_size": play.batch_size, "warmup_iters": play.warmup_iters, "bias": False}
+    own |= {"learning_rate": 1e-3, "min_lr": 1e-4, "dropout": 0.2, "max_iters": play.max_iters}
+    options = {"rotary": True, "rms_norm": True, "attn_gate": True}
+    plays = [
+        ("baseline", chars, {}),
+        (f"batch size {play.batch_size}, learning rate 0.001, dropout 0.2", chars, own),
+        ("rotary position embedding, RMSNorm, gate per attention head", chars, options),
+    ]
+    last = f"Muon, learning rate {play.learning_rate:g}, dropout {play.dropout:g}"
+    last += f", weight decay {play.weight_decay:g}"
+    return [
+        cumulative(preset.wikitext2, texts, ("pointer-sentinel mixture", words, text)),
+        cumulative(preset.shakespeare, plays, (last, chars, play)),
+    ]
 
 
-def ladder(datasets, preset, precision):
+def ladder(preset, precision):
     """Yields a row per step."""
-    for data, configs in zip(datasets, ladder_configs(preset), strict=True):
-        for step, config in configs:
-            stride = max(1, config.block_size // 4)
-            found, seconds = score(data, config, precision, "best", stride)
-            row = {"data": data.title, "step": step, "loss": found.loss, "word_perplexity": None}
-            if data.unit == "token":
+    for configs in ladder_configs(preset):
+        title = prepared(configs[0][1], preset).title
+        for step, name, config in configs:
+            data = prepared(name, preset)
+            found, seconds = score(data, config, precision, "best", max(1, config.block_size // 4))
+            row = {"data": title, "step": step, "loss": found.loss, "word_perplexity": None}
+            if data.unit != "character":
                 row["word_perplexity"] = found.word_perplexity
             yield row | {"seconds": seconds, "seed": config.seed}
 
@@ -112,10 +133,11 @@ def one_away(config):
         yield parameter, value, replace(changed, **schedule)
 
 
-def sensitivity(datasets, preset, precision):
+def sensitivity(preset, precision):
     """Yields a row per value and seed; what stands in the middle is trained once."""
-    for data, baseline in zip(datasets, (preset.wikitext2, preset.shakespeare), strict=True):
-        known = {}
+    baselines = {"wikitext2": preset.wikitext2, "shakespeare_char": preset.shakespeare}
+    for name, baseline in baselines.items():
+        data, known = prepared(name, preset), {}
         for parameter, value, changed in one_away(baseline):
             for config in (replace(changed, seed=seed) for seed in SEEDS):
                 if config not in known:
@@ -137,11 +159,9 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     precision, preset = helpers.choose_precision(), helpers.choose_preset(options.preset)
-    stand_in = {"allow_stand_in": not preset.needs_real_data}
-    datasets = [prepare(name, **stand_in) for name in ("wikitext2", "shakespeare_char")]
     for name in [options.only] if options.only else STUDIES:
         results = {"environment": helpers.describe_machine(precision), "rows": []}
-        for row in STUDIES[name](datasets, preset, precision):
+        for row in STUDIES[name](preset, precision):
             results["rows"].append(row)
             print(row, flush=True)
             with atomic_write(options.out / f"{name}.json") as file:

@@ -12,11 +12,20 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import helpers
 from data.batches import get_batch, load_tokens
 from data.dataset import CharTokenizer, Splits
-from helpers import Precision, Score, dynamic_evaluation, evaluate, evaluate_baselines, token_losses
+from helpers import (
+    Precision,
+    Score,
+    dynamic_evaluation,
+    evaluate,
+    evaluate_baselines,
+    squared_gradients,
+    token_losses,
+)
 
 CPU = Precision(torch.device("cpu"), torch.float32, "for tests")
 BLOCK = 12  # of the lively model
@@ -92,7 +101,7 @@ def test_evaluation_restores_the_mode_and_has_no_dropout(lively, corpus, config,
         model.train(mode)
         estimate = helpers.estimate_loss(model, tokens, config, CPU)
         score = evaluate(model, corpus, "test")
-        found.append((score.nats, estimate, *dynamic_losses(model, corpus).tolist()))
+        found.append((score.nats, estimate, *dynamic_losses(model, corpus, n_tokens=60).tolist()))
         assert all(module.training == mode for module in model.modules())
     assert found[0] == found[1], "dropout acted while evaluating"
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -245,14 +254,15 @@ def test_an_ensemble_averages_probabilities():
     assert off_by(found, expected) < 1e-6, f"{found}, not {expected}"
 
 
-def dynamic_losses(model, data):
-    return dynamic_evaluation(model, data, "test", 0.01, CPU, n_tokens=60)
+def dynamic_losses(model, data, lr=0.01, precision=CPU, n_tokens=None):
+    squares = squared_gradients(model, data, precision, windows=30)
+    return dynamic_evaluation(model, data, "test", lr, squares, precision, n_tokens)
 
 
 METHODS = {
     "windows": lambda model, data: token_losses(model, data, "test"),
     "sliding": lambda model, data: token_losses(model, data, "test", 5),
-    "dynamic": dynamic_losses,
+    "dynamic": lambda model, data: dynamic_losses(model, data, n_tokens=60),
 }
 
 
@@ -271,15 +281,34 @@ def test_no_later_token_moves_an_earlier_loss(lively, corpus, switches, method):
 def test_dynamic_evaluation_scores_first_and_learns_then(lively, corpus, switches):
     model = lively(corpus.vocab_size, block_size=16, scale=0.2, **switches)  # an eighth: 2 tokens
     weights = copy.deepcopy(model.state_dict())
-    still, learning = (dynamic_evaluation(model, corpus, "test", lr, CPU) for lr in (1e-12, 0.02))
+    still, learning = (dynamic_losses(model, corpus, lr) for lr in (1e-12, 0.003))
     static = token_losses(model, corpus, "test", stride=2)
     assert off_by(still, static) < 1e-4, "without learning it is no sliding window"
     assert torch.equal(learning[:2], still[:2]), "learnt from the first tokens before their losses"
     assert learning.mean() < static.mean() - 0.05, "nothing is learnt from a text of few words"
-    part = dynamic_evaluation(model, corpus, "test", 0.02, CPU, n_tokens=33)
+    part = dynamic_losses(model, corpus, 0.003, n_tokens=33)
     assert torch.equal(part, learning[:33]), "a part is not evaluated as in the whole"
     for name, value in model.state_dict().items():
         assert torch.equal(weights[name], value), f"{name} of the model itself was changed"
+
+
+def test_dynamic_evaluation_steps_as_written_out(lively, corpus):
+    """Each stretch's gradient over the root of what the training text's squares have become."""
+    model = lively(corpus.vocab_size, block_size=16, scale=0.2)
+    squares = squared_gradients(model, corpus, CPU, windows=30)
+    found = dynamic_evaluation(model, corpus, "test", 0.01, squares, CPU, n_tokens=6)
+    text = torch.tensor([corpus.bos_id, *corpus.splits["test"][:6].tolist()])
+    parameters, expected = list(model.parameters()), []
+    for first in (0, 2, 4):
+        losses = F.cross_entropy(model(text[None, :6])[0], text[1:], reduction="none")
+        losses = losses[first : first + 2]
+        expected += losses.tolist()
+        for p, square, g in zip(
+            parameters, squares, torch.autograd.grad(losses.mean(), parameters), strict=True
+        ):
+            square.mul_(0.9999).add_(1e-4 * g * g)
+            p.data -= 0.01 * g / (square.sqrt() + 1e-8)
+    assert off_by(found, torch.tensor(expected)) < 1e-3, f"{found}, not {expected}"
 
 
 # ----- CUDA -----
@@ -298,7 +327,7 @@ def test_cuda_dynamic_evaluation_equals_the_cpu_s(lively, corpus, cuda):
     full = replace(half, dtype=torch.float32)
 
     def losses(lr, precision):
-        return dynamic_evaluation(model, corpus, "test", lr, precision, n_tokens=60)
+        return dynamic_losses(model, corpus, lr, precision, n_tokens=60)
 
     expected, found = losses(1e-3, CPU), losses(1e-3, full)
     assert off_by(found, expected) < 1e-3, off_by(found, expected)

@@ -79,10 +79,12 @@ def attend(weights, x, name, config):
         part = slice(i * config.head_dim, (i + 1) * config.head_dim)
         qkv = linear(weights, x, f"{name}.c_attn").split(config.n_embd, dim=-1)
         q, k, v = (whole[:, part] for whole in qkv)
-        q, k = (rms(q), rms(k)) if config.qk_norm else (q, k)
         q, k = (rotated(q), rotated(k)) if config.rotary else (q, k)
         scores = (q @ k.T / math.sqrt(config.head_dim)).exp().tril()
         heads.append(scores / scores.sum(1, keepdim=True) @ v)
+        if config.attn_gate:
+            gate = linear(weights, x, f"{name}.c_gate")[:, i : i + 1]
+            heads[-1] = heads[-1] * 2 / (1 + (-gate).exp())
     return linear(weights, torch.cat(heads, dim=1), f"{name}.c_proj")
 
 
@@ -107,8 +109,7 @@ def written_out(model, idx):
         x = x + attend(weights, norm(weights, x, f"{layer}.ln_1"), f"{layer}.attn", config)
         inner = linear(weights, norm(weights, x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc")
         gelu = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-        inner = inner.clamp(min=0) ** 2 if config.squared_relu else gelu
-        x = x + linear(weights, inner, f"{layer}.mlp.c_proj")
+        x = x + linear(weights, gelu, f"{layer}.mlp.c_proj")
     x = norm(weights, x, "transformer.ln_f")
     logits = x @ weights["lm_head.weight"].T
     return with_copies(weights, x, logits, idx) if config.pointer else logits

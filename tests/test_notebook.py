@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MIRROR = os.environ.get("DATA_MIRROR")
 REPORT = ROOT / "test.ipynb"
-OPTIONS = {"rotary": True, "qk_norm": True, "squared_relu": True, "rms_norm": True, "bias": False}
+OPTIONS = {"rotary": True, "rms_norm": True, "attn_gate": True, "bias": False}
 OPTIONS |= {"pointer": True, "muon_lr_scale": 20.0, "gradient_accumulation_steps": 2}
 
 

@@ -30,7 +30,7 @@ def test_both_studies_run_and_write_flat_rows(name, tmp_path, monkeypatch):
     table = pd.DataFrame(results["rows"])
     assert results["environment"].keys() >= {"device", "precision", "PyTorch"}
     assert set(COLUMNS[name]) <= set(table) and not table["loss"].isna().any()
-    assert len(table) == (11 if name == "ladder" else 2 * 2 * 3), table
+    assert len(table) == (12 if name == "ladder" else 2 * 2 * 3), table
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -42,9 +42,9 @@ def test_the_cached_results_are_of_this_form(name):
 def test_the_ladder_leads_from_the_baseline_to_the_improved_model():
     preset = helpers.PRESETS["record"]
     for steps, improved in zip(study.ladder_configs(preset), preset.improved, strict=True):
-        names, configs = zip(*steps, strict=True)
+        names, sets, configs = zip(*steps, strict=True)
         assert names[0] == "baseline" and configs[-1] == improved
-        assert len(set(names)) == len(set(configs)) == len(steps)
+        assert len(set(names)) == len(set(zip(sets, configs, strict=True))) == len(steps)
 
 
 def test_every_run_of_the_sensitivity_study_sees_the_same_number_of_tokens():

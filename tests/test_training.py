@@ -28,7 +28,7 @@ CPU = Precision(torch.device("cpu"), torch.float32, "for tests")
 FILES = ("last.pt", "ckpt.pt")
 TIMES = ("time", "waited", "seconds", "peak_memory")  # what a clock or the system says, no seed
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
-SWITCHED = dict.fromkeys(("rotary", "qk_norm", "squared_relu", "rms_norm", "pointer"), True)
+SWITCHED = dict.fromkeys(("rotary", "rms_norm", "attn_gate", "pointer"), True)
 SWITCHED |= {"bias": False, "muon_lr_scale": 20.0}
 
 
