@@ -117,7 +117,8 @@ def _make_presets():
     quick = replace(full, **small)
     longer = replace(quick, n_embd=128, max_iters=800, eval_interval=100)
     tiny = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=16, max_iters=20)
-    smoke = replace(quick, **tiny, warmup_iters=4, eval_interval=5, eval_iters=2)
+    tiny |= dict(warmup_iters=4, eval_interval=5, eval_iters=2)
+    smoke = replace(quick, **tiny)
     modern = dict(rotary=True, rms_norm=True, attn_gate=True, bias=False, min_lr=1e-5, compile=True)
     words = dict(pointer=True, n_layer=12, batch_size=4, block_size=2048, dropout=0.3)
     words |= dict(learning_rate=1e-3, muon_lr_scale=27.0, warmup_iters=300)
@@ -128,7 +129,10 @@ def _make_presets():
     improved = (replace(full, **modern, **words), replace(full, **modern, **chars))
     shakespeare = replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4)
     report = Preset("full", full, shakespeare, needs_real_data=True, evaluate_all=True)
-    quick, smoke = Preset("quick", quick, longer), Preset("smoke", smoke, smoke, new_tokens=20)
+    brief = small | dict(n_layer=2, n_embd=32, batch_size=12, max_iters=100, learning_rate=1e-3)
+    brief, least = (tuple(replace(c, **s) for c in improved) for s in (brief, brief | tiny))
+    quick = Preset("quick", quick, longer, improved=brief, seeds=2)
+    smoke = Preset("smoke", smoke, smoke, improved=least, seeds=2, new_tokens=20)
     record = replace(report, name="record", improved=improved)
     return {preset.name: preset for preset in (report, record, quick, smoke)}
 
