@@ -129,9 +129,9 @@ def _make_presets():
     improved = (replace(full, **modern, **words), replace(full, **modern, **chars))
     shakespeare = replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4)
     report = Preset("full", full, shakespeare, needs_real_data=True, evaluate_all=True)
-    brief = small | dict(n_layer=2, n_embd=32, batch_size=12, max_iters=100, learning_rate=1e-3)
+    brief = small | dict(n_layer=2, n_embd=32, batch_size=12, max_iters=60, learning_rate=1e-3)
     brief, least = (tuple(replace(c, **s) for c in improved) for s in (brief, brief | tiny))
-    quick = Preset("quick", quick, longer, improved=brief, seeds=2)
+    quick = Preset("quick", quick, longer, improved=brief, seeds=1)
     smoke = Preset("smoke", smoke, smoke, improved=least, seeds=2, new_tokens=20)
     record = replace(report, name="record", improved=improved)
     return {preset.name: preset for preset in (report, record, quick, smoke)}
