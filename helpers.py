@@ -361,33 +361,25 @@ def ensemble_losses(losses):
     return math.log(len(losses)) - torch.logsumexp(-losses.double(), dim=0)
 
 
-def stretch_length(block_size):
-    """Tokens that dynamic evaluation reads between two steps."""
-    return max(1, min(128, block_size // 8))
-
-
 def squared_gradients(model, data, precision, windows=400):
     """Mean squared gradient of each parameter over random training windows, as tensors like them.
 
-    They scale the steps of `dynamic_evaluation` (Krause et al. 2018).
+    They scale the steps of `dynamic_evaluation`.
     """
-    device, block = precision.device, model.config.block_size
-    tokens, generator = load_tokens(data.splits["train"], device), torch.Generator().manual_seed(0)
-    starts = torch.randint(len(tokens) - block, (windows,), generator=generator).to(device)
-    x, y = get_batch(tokens, starts, block)
-    targets = torch.arange(block - stretch_length(block), block, device=device)
-    model = copy.deepcopy(model).to(device).eval()
-    means = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    row = torch.zeros(1, dtype=torch.int64, device=device)
+    model = copy.deepcopy(model).to(precision.device).eval()
+    tokens, block = load_tokens(data.splits["train"], precision.device), model.config.block_size
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(len(tokens) - block, (windows, 1), generator=generator)
+    texts = gather(tokens, (starts + torch.arange(block + 1)).to(precision.device))
+    ends = torch.arange(1, windows + 1) * (block + 1) - 1
+    parameters = list(model.parameters())
+    means = [torch.zeros_like(parameter) for parameter in parameters]
 
-    def step():
-        with precision.autocast(scaler=False):
-            loss = model.token_losses(x[row], y[row], targets).mean()
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    def learn(loss):
+        gradients = torch.autograd.grad(loss, parameters)
         torch._foreach_addcmul_(means, gradients, gradients, 1 / windows)
-        row.add_(1)
 
-    repeat(step, windows, device, warmup=3)
+    _read(model, texts.flatten(), ends - _stretch(block), precision, learn)
     return means
 
 
@@ -398,33 +390,46 @@ def dynamic_evaluation(model, data, split, lr, squares, precision, n_tokens=None
     one step of Adam without first moments, whose second ones begin as `squared_gradients`.
     """
     device, block = precision.device, model.config.block_size
-    stretch, model = stretch_length(block), copy.deepcopy(model).to(device).eval()
-    tokens = load_tokens(data.splits[split][:n_tokens], device, resident=True).long()
-    length, tokens = len(tokens), F.pad(tokens, (1, block))  # inputs [i], targets [i + 1]
-    tokens[0] = data.bos_id
-    begins = torch.arange(0, length, stretch, device=device)
-    losses = torch.zeros(len(begins), stretch, device=device)
-    row = torch.zeros(1, dtype=torch.int64, device=device)
+    model = copy.deepcopy(model).to(device).eval()
     options = {"betas": (0.0, 0.9999), "fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, **options)
     for parameter, square in zip(model.parameters(), squares, strict=True):
-        state = {"step": torch.tensor(1e5, device=device), "exp_avg": torch.zeros_like(parameter)}
+        state = {"step": torch.tensor(1e5).to(square), "exp_avg": torch.zeros_like(parameter)}
         optimizer.state[parameter] = state | {"exp_avg_sq": square.clone()}
+    tokens = load_tokens(data.splits[split][:n_tokens], device, resident=True).long()
+    begins = torch.arange(0, len(tokens), _stretch(block))
+    padded = F.pad(F.pad(tokens, (1, 0), value=data.bos_id), (0, block))
+
+    def learn(loss):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return _read(model, padded, begins, precision, learn)[: len(tokens)]
+
+
+def _stretch(block_size):
+    return max(1, min(128, block_size // 8))
+
+
+def _read(model, tokens, begins, precision, learn):
+    """Losses of the stretches of tokens after `begins` (n,), and `learn` of their mean in turn."""
+    device, block = precision.device, model.config.block_size
+    begins, stretch = begins.to(device), torch.arange(_stretch(block), device=device)
+    losses = torch.zeros(len(begins), len(stretch), device=device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
 
     def step():
-        optimizer.zero_grad(set_to_none=True)
-        start = (begins[row] - (block - stretch)).clamp(min=0)
+        start = (begins[row] - (block - len(stretch))).clamp(min=0)
         x, y = get_batch(tokens, start, block)
-        targets = begins[row] + torch.arange(stretch, device=device)
         with precision.autocast(scaler=False):
-            found = model.token_losses(x, y, targets - start)
+            found = model.token_losses(x, y, begins[row] + stretch - start)
         losses.index_copy_(0, row, found.detach()[None])
-        (found * (targets < length)).mean().backward()
-        optimizer.step()
+        learn(found.mean())
         row.add_(1)
 
     repeat(step, len(begins), device, warmup=3)
-    return losses.flatten()[:length]
+    return losses.flatten()
 
 
 def evaluate_baselines(data, split):
