@@ -146,7 +146,7 @@ def test_your_own_text_takes_one_line(copy, monkeypatch):
     assert_clean(notebook)
     for place in ("setup", "load", "score-table", "findings"):
         assert "my_notes" in shown(notebook, place), f"{place} is of another text"
-    assert "Rome" not in shown(notebook, "samples")
+    assert "Quantum" not in shown(notebook, "samples")
     assert "AWD-LSTM" not in shown(notebook, "literature"), "compared with what it cannot be"
     assert (copy / "out-my_notes-test" / "ckpt.pt").exists()
 
@@ -157,9 +157,8 @@ def test_line_under_the_cell_says_what_a_stop_means(copy):
     stopping += (
         "    if run.step == 7 and not run.status:\n        signal.raise_signal(signal.SIGINT)\n"
     )
-    setting = f"import signal\nview = live_view(names[0])\n{stopping}"
-    edit(copy, "train-wikitext", "run_wikitext =", f"{setting}run_wikitext =")
-    edit(copy, "train-wikitext", "view=live_view(names[0])", "view=stopping")
+    edit(copy, "train-wikitext", "run_text =", f"import signal\n{stopping}run_text =")
+    edit(copy, "train-wikitext", "view=view", "view=stopping")
     notebook = nbformat.read(copy / "test.ipynb", as_version=4)
     (last,) = [n for n, cell in enumerate(notebook.cells) if cell.id == "history-wikitext"]
     notebook.cells = notebook.cells[: last + 1]
