@@ -295,6 +295,7 @@ def test_output_that_nobody_reads_any_more(corpus, tmp_path, fault, kind):
 
         pid, terminal = pty.fork()
         if not pid:
+            signal.signal(HANGUP, signal.SIG_DFL)  # which nohup would have ignored
             os.chdir(ROOT.parent)
             os.execv(sys.executable, command)
         while b"step 20 of" not in os.read(terminal, 4096):
