@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data.batches import BatchLoader, gather, get_batch, load_tokens
+from data.batches import BatchLoader, gather, get_batch, load_tokens, sample_starts
 from data.dataset import load
 from data.fetch import DataError, atomic_write, reason, sha256_of
 from data.ngrams import ngram_nats
@@ -252,17 +252,7 @@ def shard(starts):
     raise ValueError(f"{text} {micro_steps}: make one of the two a multiple of {n}.")
 
 
-# ----- windows and learning rate -----
-def sample_starts(n_tokens, config, step, batches):
-    """First positions (batches, B) of random windows, on the CPU; step -1 is the evaluations'.
-
-    They depend on seed, step and sizes alone: a resumed run samples what an unbroken one would.
-    """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 1)
-    last = n_tokens - config.block_size
-    return torch.randint(last, (batches, config.batch_size), generator=generator)
-
-
+# ----- learning rate -----
 def get_lr(step, config):
     """Learning rate of a step: linear warm-up, then cosine decay to `min_lr` at the end."""
     if step < config.warmup_iters:
@@ -314,35 +304,29 @@ class Score:
 
 
 def score_of(losses, data, split):
-    """The Score of a whole split with these token losses: (N,), or an iterable of parts in turn."""
-    parts = [losses] if isinstance(losses, torch.Tensor) else losses
-    sums = [(part.sum(dtype=torch.float64).item(), len(part)) for part in parts]
-    nats, tokens = map(sum, zip(*sums, strict=True))
-    if tokens != len(data.splits[split]):
-        raise ValueError(f"Losses of {tokens} tokens: give those of the whole {split} split.")
-    return Score(nats, tokens, data.bytes[split], data.words[split])
+    """The Score of a whole split with these token losses (N,)."""
+    if len(losses) != len(data.splits[split]):
+        raise ValueError(f"Losses of {len(losses)} tokens: give those of the whole {split} split.")
+    nats = losses.sum(dtype=torch.float64).item()
+    return Score(nats, len(losses), data.bytes[split], data.words[split])
 
 
 def evaluate(model, data, split, stride=None):
-    """Evaluates every token of a split exactly once, in float32; returns a Score.
+    """The Score of a split by its `token_losses`."""
+    return score_of(token_losses(model, data, split, stride), data, split)
+
+
+def token_losses(model, data, split, stride=None):
+    """Losses in nats (N,) of a split's tokens, each evaluated exactly once, in float32.
 
     Without a stride, in non-overlapping windows; with one, in sliding windows `stride` tokens
     apart, so that each token sees at least block_size - stride others, where they exist.
     """
-    return score_of(_loss_parts(model, data, split, stride), data, split)
-
-
-def token_losses(model, data, split, stride=None):
-    """Losses in nats (N,) of each of a split's tokens, in order; see `evaluate`."""
-    return torch.cat(list(_loss_parts(model, data, split, stride)))
-
-
-def _loss_parts(model, data, split, stride):
     device, block = next(model.parameters()).device, model.config.block_size
     stride = block if stride is None else stride
     if not isinstance(stride, int) or not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: give a whole number from 1 to {block}.")
-    tokens = load_tokens(data.splits[split], device)
+    tokens, losses = load_tokens(data.splits[split], device), []
     for first in range(0, len(tokens), stride * max(1, 32768 // block)):
         last = min(first + stride * max(1, 32768 // block), len(tokens))
         begins = torch.arange(first, last, stride, device=device)[:, None]
@@ -351,9 +335,10 @@ def _loss_parts(model, data, split, stride):
         chosen = (targets >= begins) & (targets < (begins + stride).clamp(max=last))
         inside = targets.clamp(max=len(tokens) - 1)  # what overhangs is never seen: causal
         x = gather(tokens, (inside - 1).clamp(min=0)).where(inside > 0, data.bos_id)
+        y, chosen = gather(tokens, inside), chosen.flatten().nonzero()[:, 0]
         with evaluating(model):
-            losses = model.token_losses(x, gather(tokens, inside), chosen.flatten().nonzero()[:, 0])
-        yield losses
+            losses.append(model.token_losses(x, y, chosen))
+    return torch.cat(losses)
 
 
 def ensemble_losses(losses):
@@ -743,10 +728,8 @@ class Interrupts:
         return number.item() > 0
 
 
-INTERRUPTED = (
-    "interrupted and saved: run this again to resume. In Run All the cells below go on with "
-)
-INTERRUPTED += "this partial run; stop once more to end them"
+INTERRUPTED = "interrupted and saved: run this again to resume. In Run All the cells below go on"
+INTERRUPTED += " with this partial run; stop once more to end them"
 
 
 class Run:

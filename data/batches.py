@@ -30,6 +30,16 @@ def get_batch(tokens, starts, block_size):
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
+def sample_starts(n_tokens, config, step, batches):
+    """First positions (batches, B) of random windows, on the CPU; step -1 is the evaluations'.
+
+    They depend on seed, step and sizes alone: a resumed run samples what an unbroken one would.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 1)
+    last = n_tokens - config.block_size
+    return torch.randint(last, (batches, config.batch_size), generator=generator)
+
+
 class BatchLoader:
     """The batches of the next steps, in a table on the device that a captured step reads by row.
 
