@@ -106,8 +106,6 @@ class Preset:
     improved: tuple = ()  # configs of the improved models, one per data set; empty: not trained
     seeds: int = 3  # runs of each of these
     new_tokens: int = 150  # generated tokens per sample
-    temperature: float = 0.8
-    top_k: int = 40
 
 
 def _make_presets():
@@ -121,12 +119,11 @@ def _make_presets():
     smoke = replace(quick, **tiny)
     modern = dict(rotary=True, rms_norm=True, attn_gate=True, bias=False, min_lr=1e-5, compile=True)
     words = dict(pointer=True, n_layer=12, batch_size=4, block_size=2048, dropout=0.3)
-    words |= dict(learning_rate=1e-3, muon_lr_scale=27.0, warmup_iters=300)
-    words |= dict(max_iters=4400, eval_interval=550, eval_iters=25)
+    words |= dict(learning_rate=1e-3, muon_lr_scale=27.0, max_iters=4000, warmup_iters=300)
+    words |= dict(eval_interval=500, eval_iters=25)
     chars = dict(batch_size=64, dropout=0.4, weight_decay=0.3, learning_rate=2e-3)
-    chars |= dict(muon_lr_scale=10.0, warmup_iters=100)
-    chars |= dict(max_iters=2500, eval_interval=250, eval_iters=40)
-    improved = (replace(full, **modern, **words), replace(full, **modern, **chars))
+    chars |= dict(muon_lr_scale=10.0, max_iters=2000, warmup_iters=100, eval_interval=200)
+    improved = replace(full, **modern, **words), replace(full, **modern, **chars, eval_iters=40)
     shakespeare = replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4)
     report = Preset("full", full, shakespeare, needs_real_data=True, evaluate_all=True)
     brief = small | dict(n_layer=2, n_embd=32, batch_size=12, max_iters=60, learning_rate=1e-3)
@@ -142,8 +139,8 @@ PRESETS = _make_presets()
 
 def choose_preset(name=None):
     """The preset called `name` or in NANOGPT_PRESET; else `full` with CUDA and `quick` without."""
-    default = "full" if torch.cuda.is_available() else "quick"
-    name = name or os.environ.get("NANOGPT_PRESET") or default
+    name = name or os.environ.get("NANOGPT_PRESET")
+    name = name or ("full" if torch.cuda.is_available() else "quick")
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
@@ -177,11 +174,10 @@ def choose_precision(device=None):
 
 def describe_machine(precision):
     """What a run is made on, as plain text values."""
-    facts = {"device": f"CPU, {torch.get_num_threads()} threads", "precision": precision.reason}
-    if precision.device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(precision.device)
-        facts["CUDA"] = torch.version.cuda
-    return facts | {"PyTorch": torch.__version__, "Python": platform.python_version()}
+    cuda, threads = precision.device.type == "cuda", torch.get_num_threads()
+    device = torch.cuda.get_device_name(precision.device) if cuda else f"CPU, {threads} threads"
+    versions = {"PyTorch": torch.__version__, "Python": platform.python_version()}
+    return {"device": device, "precision": precision.reason} | versions
 
 
 # ----- several processes (torchrun) -----
@@ -269,11 +265,10 @@ def estimate_loss(model, tokens, config, precision):
     """Mean loss in nats per token over `eval_iters` random batches, always the same: for curves."""
     starts = sample_starts(len(tokens), config, -1, config.eval_iters).flatten()
     own = starts[rank() :: world_size()].to(precision.device)
-    total = torch.zeros((), dtype=torch.float64, device=precision.device)
+    parts = own.split(max(1, 16384 // config.block_size))
     with evaluating(model), precision.autocast():
-        for part in own.split(max(1, 16384 // config.block_size)):
-            x, y = get_batch(tokens, part, config.block_size)
-            total += model.token_losses(x, y).sum(dtype=torch.float64)
+        batches = (get_batch(tokens, part, config.block_size) for part in parts)
+        total = sum(model.token_losses(x, y).sum(dtype=torch.float64) for x, y in batches)
     return all_reduce_sum(total).item() / (len(starts) * config.block_size)
 
 
@@ -346,26 +341,18 @@ def ensemble_losses(losses):
     return math.log(len(losses)) - torch.logsumexp(-losses.double(), dim=0)
 
 
-def squared_gradients(model, data, precision, windows=400):
-    """Mean squared gradient of each parameter over random training windows, as tensors like them.
-
-    They scale the steps of `dynamic_evaluation`.
-    """
+def squared_gradients(model, data, precision, n_tokens=51_200):
+    """Mean squared gradient of each parameter over stretches of the training text's beginning."""
     model = copy.deepcopy(model).to(precision.device).eval()
-    tokens, block = load_tokens(data.splits["train"], precision.device), model.config.block_size
-    generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(len(tokens) - block, (windows, 1), generator=generator)
-    texts = gather(tokens, (starts + torch.arange(block + 1)).to(precision.device))
-    ends = torch.arange(1, windows + 1) * (block + 1) - 1
     parameters = list(model.parameters())
-    means = [torch.zeros_like(parameter) for parameter in parameters]
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
 
     def learn(loss):
         gradients = torch.autograd.grad(loss, parameters)
-        torch._foreach_addcmul_(means, gradients, gradients, 1 / windows)
+        torch._foreach_addcmul_(sums, gradients, gradients)
 
-    _read(model, texts.flatten(), ends - _stretch(block), precision, learn)
-    return means
+    stretches = _read(model, data, "train", n_tokens, precision, learn)
+    return torch._foreach_div(sums, len(stretches))
 
 
 def dynamic_evaluation(model, data, split, lr, squares, precision, n_tokens=None):
@@ -374,33 +361,29 @@ def dynamic_evaluation(model, data, split, lr, squares, precision, n_tokens=None
     Dynamic evaluation (Krause et al. 2018): a stretch of tokens is evaluated, then learnt from in
     one step of Adam without first moments, whose second ones begin as `squared_gradients`.
     """
-    device, block = precision.device, model.config.block_size
-    model = copy.deepcopy(model).to(device).eval()
-    options = {"betas": (0.0, 0.9999), "fused": True, "capturable": device.type == "cuda"}
+    model = copy.deepcopy(model).to(precision.device).eval()
+    options = {"betas": (0.0, 0.9999), "fused": True, "capturable": precision.device.type == "cuda"}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, **options)
     for parameter, square in zip(model.parameters(), squares, strict=True):
         state = {"step": torch.tensor(1e5).to(square), "exp_avg": torch.zeros_like(parameter)}
         optimizer.state[parameter] = state | {"exp_avg_sq": square.clone()}
-    tokens = load_tokens(data.splits[split][:n_tokens], device, resident=True).long()
-    begins = torch.arange(0, len(tokens), _stretch(block))
-    padded = F.pad(F.pad(tokens, (1, 0), value=data.bos_id), (0, block))
 
     def learn(loss):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-    return _read(model, padded, begins, precision, learn)[: len(tokens)]
+    stretches = _read(model, data, split, n_tokens, precision, learn)
+    return stretches.flatten()[: len(data.splits[split][:n_tokens])]
 
 
-def _stretch(block_size):
-    return max(1, min(128, block_size // 8))
-
-
-def _read(model, tokens, begins, precision, learn):
-    """Losses of the stretches of tokens after `begins` (n,), and `learn` of their mean in turn."""
+def _read(model, data, split, n_tokens, precision, learn):
+    """Losses (n, stretch) of a text's stretches, whose mean goes to `learn` before the next."""
     device, block = precision.device, model.config.block_size
-    begins, stretch = begins.to(device), torch.arange(_stretch(block), device=device)
+    tokens = load_tokens(data.splits[split][:n_tokens], device, resident=True).long()
+    stretch = torch.arange(max(1, min(128, block // 8)), device=device)
+    begins = torch.arange(0, len(tokens), len(stretch), device=device)
+    tokens = F.pad(F.pad(tokens, (1, 0), value=data.bos_id), (0, block))
     losses = torch.zeros(len(begins), len(stretch), device=device)
     row = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -414,7 +397,7 @@ def _read(model, tokens, begins, precision, learn):
         row.add_(1)
 
     repeat(step, len(begins), device, warmup=3)
-    return losses.flatten()
+    return losses
 
 
 def evaluate_baselines(data, split):
@@ -575,8 +558,7 @@ class Trainer:
                 raise ValueError(f"{text}: use a longer text or a smaller block_size.")
         self.lr = torch.zeros((), device=device)
         self.optimizers = Optimizers(model, config, self.lr, device.type)
-        fp16 = precision.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         self.ahead = 32 if cuda else 1  # steps queued before the host looks up
         batches = (self.ahead, config.gradient_accumulation_steps, config.batch_size)
         shape = shard(torch.empty(batches, device="meta")).shape
@@ -728,10 +710,6 @@ class Interrupts:
         return number.item() > 0
 
 
-INTERRUPTED = "interrupted and saved: run this again to resume. In Run All the cells below go on"
-INTERRUPTED += " with this partial run; stop once more to end them"
-
-
 class Run:
     """One training run: its history, and its folder with ckpt.pt (the best weights) and last.pt.
 
@@ -742,8 +720,8 @@ class Run:
     history["step_grad_norm"] have a value per step. `seconds` are those of all steps.
     """
 
-    def __init__(self, config, data, out_dir, start_id=None):
-        self.config, self.data, self.folder = config, data, Path(out_dir)
+    def __init__(self, config, data, folder, start_id=None):
+        self.config, self.data, self.folder = config, data, Path(folder)
         self.identity = asdict(config) | {"start_from": start_id}
         self.identity |= {"data": data.name, "title": data.title, "fingerprint": data.fingerprint}
         self.history = {"evals": [], "step_loss": [], "step_grad_norm": []}
@@ -817,8 +795,7 @@ class Run:
 
     def save(self, trainer, every=0.0):
         """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
-        recent = self.step and time.monotonic() - self.saved_at < every
-        if rank() or recent:
+        if rank() or self.step and time.monotonic() - self.saved_at < every:
             return
         if self.step != self.saved_step:
             # the best weights too: whatever comes between, ckpt.pt can be made of last.pt
@@ -871,36 +848,31 @@ class Run:
         skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
-        notes = [text if self.finished else INTERRUPTED, *trainer.obstacles]
+        if not self.finished:
+            text = "interrupted and saved: run this again to resume. In Run All the cells below go"
+            text += " on with this partial run; stop once more to end them"
+        notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)
 
 
 def train_model(
-    model,
-    data,
-    config,
-    out_dir,
-    *,
-    precision=None,
-    fresh=False,
-    view=None,
-    save_seconds=30.0,
-    start_from=None,
+    model, data, config, out, precision=None, fresh=False, view=None, save_every=30, start_from=None
 ):
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
-    `model` then holds the weights of the last step. `start_from` is a checkpoint to take initial
-    weights from. `view(run)` is called after evaluations and between steps. Called again it resumes
-    from `last.pt`, or only loads a finished run; `fresh=True` starts over. An interrupt, a
-    termination or a hang-up ends at a step boundary, saves and returns (the last two then take
-    their course); else unsaved work is at most `save_seconds` and one evaluation interval. Under
-    torchrun all call this alike, within `distributed()`. Raises CheckpointError and TrainingError.
+    `model` then holds the last weights; `out` is the run's folder; `start_from` is a checkpoint to
+    take initial weights from; `view(run)` is called after evaluations and between steps. Called
+    again it resumes from `last.pt`, or only loads a finished run; `fresh=True` starts over. An
+    interrupt, a termination or a hang-up ends at a step boundary, saves and returns (the last two
+    then take their course); else unsaved work is at most `save_every` seconds and an evaluation
+    interval. Under torchrun all call this alike, within `distributed()`. Raises CheckpointError
+    and TrainingError.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
-    if start_from is not None and Path(start_from).resolve().parent == Path(out_dir).resolve():
+    if start_from is not None and Path(start_from).resolve().parent == Path(out).resolve():
         raise ValueError(f"{start_from} lies in this run's folder: choose another for the run.")
     precision, run = precision or choose_precision(), None
     with Interrupts() as interrupted:
@@ -908,13 +880,13 @@ def train_model(
             weights, start_id = make_model(config, data).state_dict(), None
             if start_from is not None:
                 weights, start_id = on_main_process(lambda: start_weights(start_from, config, data))
-            run = Run(config, data, out_dir, start_id)
+            run = Run(config, data, out, start_id)
             trainer = Trainer(model.to(precision.device).train(), data, config, precision)
             trainer.model.load_state_dict(weights)
             torch.manual_seed(config.seed + rank())  # dropout differs from process to process
             if not fresh:
                 run.restore(trainer)
-            train_loop(run, trainer, view or (lambda run: None), save_seconds, interrupted)
+            train_loop(run, trainer, view or (lambda run: None), save_every, interrupted)
         except (RuntimeError, MemoryError) as error:
             short = out_of_memory(error)
             if run and (short or isinstance(error, TrainingError)):
@@ -927,19 +899,19 @@ def train_model(
         gc.collect()
         torch.cuda.empty_cache()
         text = (
-            f"No memory for batch_size {config.batch_size} at block_size {config.block_size}: lower"
+            f"No memory for batch_size {config.batch_size} x block_size {config.block_size}: lower"
         )
-        raise TrainingError(f"{text} batch_size, and raise gradient_accumulation_steps instead.")
+        raise TrainingError(f"{text} batch_size and raise gradient_accumulation_steps instead.")
     run.interrupted = interrupted.received
     return run
 
 
-def train_loop(run, trainer, view, save_seconds, interrupted):
+def train_loop(run, trainer, view, save_every, interrupted):
     """Steps and evaluations in turn, from where the run stands to its end or to an interrupt."""
     while True:
         if run.due_for_evaluation():
             run.evaluate(trainer)
-            run.save(trainer, every=save_seconds)
+            run.save(trainer, save_every)
         view(run)
         if run.finished or interrupted():
             break
@@ -990,8 +962,8 @@ def train_command(options, device):
     data = load(ROOT / name)
     folder, view = options.out or out_folder(data.name), None if rank() else print_progress
     how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
-    precision = choose_precision(device)
-    return train_model(make_model(config, data), data, config, folder, precision=precision, **how)
+    model, precision = make_model(config, data), choose_precision(device)
+    return train_model(model, data, config, folder, precision, **how)
 
 
 def main(arguments=None):

@@ -42,7 +42,7 @@ SHARES = {  # how two processes may share a batch: by micro-steps, by sequences,
 def train(data, config, folder, **options):
     """Trains a model whose own weights are of another seed: a run's are from its seed or file."""
     model = make_model(replace(config, seed=5), data)
-    return train_model(model, data, config, folder, precision=CPU, save_seconds=1000, **options)
+    return train_model(model, data, config, folder, precision=CPU, save_every=1000, **options)
 
 
 def interrupt(run):

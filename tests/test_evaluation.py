@@ -133,7 +133,7 @@ def test_units_of_a_score():
 
 def test_losses_of_a_part_are_no_score_of_the_split(lively, corpus):
     """Its bytes and words are the whole split's: bits per byte would be far too few."""
-    part = dynamic_evaluation(lively(corpus.vocab_size), corpus, "test", 0.01, CPU, n_tokens=60)
+    part = dynamic_losses(lively(corpus.vocab_size), corpus, n_tokens=60)
     with pytest.raises(ValueError, match="60 tokens"):
         helpers.score_of(part, corpus, "test")
 
@@ -255,7 +255,7 @@ def test_an_ensemble_averages_probabilities():
 
 
 def dynamic_losses(model, data, lr=0.01, precision=CPU, n_tokens=None):
-    squares = squared_gradients(model, data, precision, windows=30)
+    squares = squared_gradients(model, data, precision, n_tokens=60)
     return dynamic_evaluation(model, data, "test", lr, squares, precision, n_tokens)
 
 
@@ -295,7 +295,7 @@ def test_dynamic_evaluation_scores_first_and_learns_then(lively, corpus, switche
 def test_dynamic_evaluation_steps_as_written_out(lively, corpus):
     """Each stretch's gradient over the root of what the training text's squares have become."""
     model = lively(corpus.vocab_size, block_size=16, scale=0.2)
-    squares = squared_gradients(model, corpus, CPU, windows=30)
+    squares = squared_gradients(model, corpus, CPU, n_tokens=60)
     found = dynamic_evaluation(model, corpus, "test", 0.01, squares, CPU, n_tokens=6)
     text = torch.tensor([corpus.bos_id, *corpus.splits["test"][:6].tolist()])
     parameters, expected = list(model.parameters()), []

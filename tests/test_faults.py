@@ -220,7 +220,7 @@ def test_kill_9_while_saving(nursery, corpus, finished, tmp_path, fault, stage, 
 def test_signal_at_a_random_moment(nursery, corpus, finished, tmp_path, fault, number, seed):
     """Nothing but the start and the signal make this run write."""
     with fault(f"{signal.Signals(number).name} at a random moment"):
-        status, sent = signalled(corpus, tmp_path, number, random.Random(seed), save_seconds=1000)
+        status, sent = signalled(corpus, tmp_path, number, random.Random(seed), save_every=1000)
         step = saved(tmp_path)["iter_num"]
         if number == signal.SIGINT:
             assert status == 0 and sent[-1] == f"returned after {step}", (status, sent[-1:])
@@ -649,7 +649,7 @@ def test_clock_outside_of_what_a_zip_can_hold(corpus, copied, finished, monkeypa
     with fault("clock before 1980 or after 2107"):
         with monkeypatch.context() as patch:
             patch.setattr(time, "time", lambda: float(now))
-            train(corpus, copied, fresh=True, save_seconds=1000)
+            train(corpus, copied, fresh=True, save_every=1000)
             train(corpus, copied)
         assert_same_files(copied, finished)
 

@@ -35,7 +35,7 @@ SWITCHED |= {"bias": False, "muon_lr_scale": 20.0}
 def train(corpus, config, folder, model=None, **options):
     """Trains and saves at each evaluation; what `model` holds before comes from another seed."""
     model = model or make_model(replace(config, seed=5), corpus)
-    options = {"precision": CPU, "save_seconds": 0} | options
+    options = {"precision": CPU, "save_every": 0} | options
     return helpers.train_model(model, corpus, config, folder, **options)
 
 
@@ -362,7 +362,7 @@ def test_best_is_the_lowest_and_last_the_end(model, corpus, config, tmp_path, mo
     def keep(run):
         weights[run.step] = copy.deepcopy(model.state_dict())
 
-    run = train(corpus, config, tmp_path, model, view=keep, save_seconds=seconds)
+    run = train(corpus, config, tmp_path, model, view=keep, save_every=seconds)
     for which, step in (("best", 10), ("last", 20)):
         loaded = run.load(which)
         assert not loaded.training and loaded.config == model.config
@@ -419,7 +419,7 @@ def test_interrupted_run_resumes_to_the_same_end(corpus, config, tmp_path, numbe
     whole = train(corpus, config, tmp_path / "whole")
     with own_handler(number, lambda got: passed_on.append((got, saved(folder)["iter_num"]))) as own:
         model = make_model(config, corpus)
-        run = train(corpus, config, folder, model, view=stop(step, number), save_seconds=1000)
+        run = train(corpus, config, folder, model, view=stop(step, number), save_every=1000)
         assert signal.getsignal(number) is own, "the handler was not put back"
     # an interrupt is answered by the return; the others take their course, once and after saving
     assert passed_on == ([] if number == signal.SIGINT else [(number, step)])
@@ -503,7 +503,7 @@ def test_crash_loses_only_the_unsaved(unbroken, corpus, config, tmp_path, step, 
     """Also with the model in memory that was trained a little before."""
     folder, model = tmp_path / "crashed", make_model(config, corpus)
     with pytest.raises(ZeroDivisionError):
-        train(corpus, config, folder, model, view=at(step, lambda: 1 / 0), save_seconds=seconds)
+        train(corpus, config, folder, model, view=at(step, lambda: 1 / 0), save_every=seconds)
     assert saved(folder)["iter_num"] == kept
     train(corpus, config, folder, model)
     assert_same_files(folder, unbroken)
@@ -567,7 +567,7 @@ def test_out_of_memory_frees_what_it_took(corpus, config, tmp_path, monkeypatch,
         for kind in (Trainer, Run):
             patch.setattr(kind, "__init__", remembering(kind.__init__))
         patch.setattr(Trainer, "step", hungry)
-        train(corpus, config, tmp_path, model, save_seconds=1000)
+        train(corpus, config, tmp_path, model, save_every=1000)
     message = str(error.value)
     assert "batch_size 4" in message and "block_size 16" in message and "\n" not in message, message
     assert error.value.__context__ is None, "a reader sees the inner traceback too"
