@@ -491,8 +491,8 @@ def vocab_losses(x, weight, targets, reduction="none"):
         losses = torch.cat([vocab_losses(part, weight, wanted) for part, wanted in parts])
     elif x.is_cuda and fused_loss_obstacle() is None:
         losses = FusedCrossEntropy.apply(x, weight, targets)
-    elif not x.is_cuda and reduction == "mean" and len(weight) > 4096 and CHUNKED:
-        return F.linear_cross_entropy(x, weight, targets, options=CHUNKED)
+    elif torch.is_grad_enabled() and not x.is_cuda and len(weight) > 4096 and CHUNKED:
+        return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=CHUNKED)
     else:
         logits = F.linear(x, pad_vocab(weight))[:, : len(weight)]
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
