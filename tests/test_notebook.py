@@ -13,6 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 MIRROR = os.environ.get("DATA_MIRROR")
@@ -169,6 +171,15 @@ def test_line_under_the_cell_says_what_a_stop_means(copy):
     assert all(part in line for part in ("step 7 of", "run this again", "partial run", "once more"))
     rows = shown(notebook, "history-wikitext")
     assert "<th>5</th>" in rows and "<th>10</th>" not in rows, "went on, or without its rows"
+
+
+def test_started_elsewhere_it_names_its_folder(copy, tmp_path_factory):
+    notebook = nbformat.read(copy / "test.ipynb", as_version=4)
+    (last,) = [n for n, cell in enumerate(notebook.cells) if cell.id == "libraries"]
+    notebook.cells = notebook.cells[: last + 1]
+    elsewhere = {"metadata": {"path": str(tmp_path_factory.mktemp("elsewhere"))}}
+    with pytest.raises(CellExecutionError, match="in its own folder"):
+        NotebookClient(notebook, kernel_name="python3", resources=elsewhere).execute()
 
 
 def test_full_preset_refuses_the_stand_in(copy, monkeypatch):
