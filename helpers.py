@@ -385,7 +385,7 @@ def _read(model, data, split, n_tokens, precision, learn):
     tokens = load_tokens(data.splits[split][:n_tokens], device, resident=True).long()
     stretch = torch.arange(max(1, min(128, block // 8)), device=device)
     begins = torch.arange(0, len(tokens), len(stretch), device=device)
-    tokens = F.pad(F.pad(tokens, (1, 0), value=data.bos_id), (0, block))
+    tokens = F.pad(F.pad(tokens, (1, 0), value=data.bos_id), (0, block))  # token p is at p + 1
     losses = torch.zeros(len(begins), len(stretch), device=device)
     row = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -797,7 +797,7 @@ class Run:
 
     def save(self, trainer, every=0.0):
         """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
-        if rank() or self.step and time.monotonic() - self.saved_at < every:
+        if rank() or (self.step and time.monotonic() - self.saved_at < every):
             return
         if self.step != self.saved_step:
             # the best weights too: whatever comes between, ckpt.pt can be made of last.pt

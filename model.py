@@ -169,7 +169,7 @@ class KVCache:
         self.keys = torch.zeros(batch_size, size + 1, config.n_embd, **like)
 
     def add_keys(self, key, next_key, positions):
-        """Adds the pointer's keys (B, T, C) at and after positions (T,); returns all (B, S, C)."""
+        """All keys (B, S, C) of the pointer: slot t holds key(t) + next_key(t - 1), each (B, T, C)."""
         self.keys.index_copy_(1, positions + 1, next_key)
         self.keys.index_add_(1, positions, key)
         return self.keys[:, :-1]
@@ -190,7 +190,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied (Press and Wolf 2017)
         self.apply(self._init_weights)
-        if config.pointer:  # copies little at first
+        if config.pointer:  # at most 27% of the probability are copies at first
             nn.init.constant_(self.pointer.sentinel.bias, math.log(config.block_size) + 1)
         # 2 * n_layer layers add to the residual stream: its variance must not grow with depth
         for name, parameter in self.named_parameters():
