@@ -102,7 +102,7 @@ class Preset:
     wikitext2: TrainConfig
     shakespeare: TrainConfig
     needs_real_data: bool = False  # else the stand-in will do where the texts cannot be had
-    evaluate_all: bool = False  # else final splits only: the others take minutes on a CPU
+    evaluate_all: bool = False  # else, for a CPU: final splits, windows apart, parts
     improved: tuple = ()  # configs of the improved models, one per data set; empty: not trained
     seeds: int = 3  # runs of each of these
     new_tokens: int = 150  # generated tokens per sample
@@ -343,7 +343,7 @@ def ensemble_losses(losses):
     return math.log(len(losses)) - torch.logsumexp(-losses.double(), dim=0)
 
 
-def squared_gradients(model, data, precision, n_tokens=51_200):
+def squared_gradients(model, data, precision, n_tokens):
     """Mean squared gradient of each parameter over stretches of the training text's beginning."""
     model = copy.deepcopy(model).to(precision.device).eval()
     parameters = list(model.parameters())
@@ -395,7 +395,8 @@ def _read(model, data, split, n_tokens, precision, learn):
         with precision.autocast(scaler=False):
             found = model.token_losses(x, y, begins[row] + stretch - start)
         losses.index_copy_(0, row, found.detach()[None])
-        learn(found.mean())
+        inside = begins[row] + stretch < len(tokens) - block - 1
+        learn((found * inside).mean())
         row.add_(1)
 
     repeat(step, len(begins), device, warmup=3)
@@ -846,7 +847,7 @@ class Run:
         return load_model(path, device, self.data, self.identity)
 
     def end(self, trainer):
-        self.waited_before, self.began = self.waited, None
+        self.waited_before, self.began, self.best_state = self.waited, None, None
         skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text

@@ -101,7 +101,7 @@ class CausalSelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **causal)
         y = y.transpose(1, 2)
         if self.config.attn_gate:
-            y = y * 2 * torch.sigmoid(self.c_gate(x))[..., None]  # near 1 at first
+            y = y * (2 * torch.sigmoid(self.c_gate(x)))[..., None]  # near 1 at first
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
 
@@ -169,7 +169,7 @@ class KVCache:
         self.keys = torch.zeros(batch_size, size + 1, config.n_embd, **like)
 
     def add_keys(self, key, next_key, positions):
-        """All keys (B, S, C) of the pointer: slot t holds key(t) + next_key(t - 1), each (B, T, C)."""
+        """All keys (B, S, C): slot t holds key(t) + next_key(t - 1), which are (B, T, C)."""
         self.keys.index_copy_(1, positions + 1, next_key)
         self.keys.index_add_(1, positions, key)
         return self.keys[:, :-1]

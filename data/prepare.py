@@ -183,7 +183,7 @@ def _alphabet(text):
 
 
 def _vocabulary(text):
-    """A training text's words of three places or more, as in WikiText, and UNK.
+    """A training text's words that occur three times or more, as in WikiText, and UNK.
 
     The most frequent come first, and equally frequent ones in the text's order.
     """

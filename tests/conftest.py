@@ -114,7 +114,7 @@ def pytest_terminal_summary(terminalreporter):
             if name == "fault" and report.when == "call":
                 tried.setdefault(value[0], []).append(value[1])
     if tried:
-        terminalreporter.write_line("\n| fault | times tried | held |\n| --- | --- | --- |")
+        terminalreporter.write_line("\n| fault | times tried | passed |\n| --- | --- | --- |")
     for name, held in tried.items():
         count = "all" if all(held) else sum(held)
         terminalreporter.write_line(f"| {name} | {len(held)} | {count} |")

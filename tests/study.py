@@ -52,14 +52,6 @@ def score(data, config, precision, which, stride=None):
 # ----- the ladder -----
 
 
-def improved_configs(preset):
-    """The preset's improved models; without any, those of `record` in its baseline's sizes."""
-    sizes = ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "max_iters")
-    sizes += ("warmup_iters", "eval_interval", "eval_iters", "compile")
-    small = {name: getattr(preset.wikitext2, name) for name in sizes}
-    return preset.improved or [replace(c, **small) for c in helpers.PRESETS["record"].improved]
-
-
 def cumulative(baseline, steps, improved):
     """(step, data set, config) per step, whose changes come on top of those before it."""
     rows, changes = [], {}
@@ -71,30 +63,32 @@ def cumulative(baseline, steps, improved):
 
 def ladder_configs(preset):
     """Per text (step, data set, config) from the baseline to the improved model."""
-    text, play = improved_configs(preset)
+    text, play = preset.improved
     pieces, words, chars = "wikitext2", "wikitext2_words", "shakespeare_char"
     muon = {"muon_lr_scale": 20.0, "min_lr": text.min_lr}
-    size = f"{text.n_layer} layers, context {text.block_size:,}, dropout {text.dropout:g}"
-    size += f", learning rate {text.learning_rate:g}, {text.max_iters:,} steps"
+    size = f"{text.n_layer} layers, {text.batch_size} x {text.block_size:,} tokens, dropout"
+    size += f" {text.dropout:g}, learning rate {text.learning_rate:g}, {text.max_iters:,} steps"
     texts = [
         ("baseline", pieces, {}),
         ("by word instead of GPT-2's subwords", words, {}),
         ("rotary position embedding, no biases", words, {"rotary": True, "bias": False}),
         ("RMSNorm without gain", words, {"rms_norm": True}),
-        ("Muon for the hidden matrices", words, muon),
+        (f"Muon for the hidden matrices, minimum rate {text.min_lr:g}", words, muon),
         ("gate per attention head", words, {"attn_gate": True}),
         (size, words, asdict(replace(text, pointer=False))),
     ]
     own = {"batch_size": play.batch_size, "warmup_iters": play.warmup_iters, "bias": False}
     own |= {"learning_rate": 1e-3, "min_lr": 1e-4, "dropout": 0.2, "max_iters": play.max_iters}
+    first = f"batch size {play.batch_size}, learning rate 0.001, dropout 0.2, no biases"
+    first += f", {play.max_iters:,} steps"
     options = {"rotary": True, "rms_norm": True, "attn_gate": True}
     plays = [
         ("baseline", chars, {}),
-        (f"batch size {play.batch_size}, learning rate 0.001, dropout 0.2", chars, own),
+        (first, chars, own),
         ("rotary position embedding, RMSNorm, gate per attention head", chars, options),
     ]
     last = f"Muon, learning rate {play.learning_rate:g}, dropout {play.dropout:g}"
-    last += f", weight decay {play.weight_decay:g}"
+    last += f", weight decay {play.weight_decay:g}, minimum rate {play.min_lr:g}"
     return [
         cumulative(preset.wikitext2, texts, ("pointer-sentinel mixture", words, text)),
         cumulative(preset.shakespeare, plays, (last, chars, play)),

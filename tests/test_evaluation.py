@@ -311,6 +311,20 @@ def test_dynamic_evaluation_steps_as_written_out(lively, corpus):
     assert off_by(found, torch.tensor(expected)) < 1e-3, f"{found}, not {expected}"
 
 
+def test_squared_gradients_are_a_mean_over_the_training_text(lively, corpus):
+    """In stretches of two tokens here, the last of which is not whole."""
+    model = lively(corpus.vocab_size, block_size=16, scale=0.2)
+    text = torch.tensor([corpus.bos_id, *corpus.splits["train"][:5].tolist()])
+    parameters = list(model.parameters())
+    expected = [torch.zeros_like(p) for p in parameters]
+    for first in (0, 2, 4):
+        losses = F.cross_entropy(model(text[None, :5])[0], text[1:], reduction="none")
+        gradients = torch.autograd.grad(losses[first : first + 2].sum() / 2, parameters)
+        expected = [e + g * g / 3 for e, g in zip(expected, gradients, strict=True)]
+    for square, e in zip(squared_gradients(model, corpus, CPU, 5), expected, strict=True):
+        torch.testing.assert_close(square, e, rtol=1e-4, atol=1e-9)
+
+
 # ----- CUDA -----
 @pytest.mark.parametrize("stride", [None, 4])
 def test_cuda_losses_equal_the_cpu_s(trained, corpus, cuda, stride):

@@ -47,6 +47,13 @@ def test_the_ladder_leads_from_the_baseline_to_the_improved_model():
         assert len(set(names)) == len(set(zip(sets, configs, strict=True))) == len(steps)
 
 
+def test_the_cached_ladder_is_of_the_steps_of_today():
+    preset = helpers.PRESETS["record"]
+    wanted = [step for rows in study.ladder_configs(preset) for step, *_ in rows]
+    cached = json.loads((study.RESULTS / "ladder.json").read_text())["rows"]
+    assert [row["step"] for row in cached] == wanted
+
+
 def test_every_run_of_the_sensitivity_study_sees_the_same_number_of_tokens():
     baseline = helpers.PRESETS["full"].wikitext2
     for parameter, value, config in study.one_away(baseline):
