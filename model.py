@@ -87,7 +87,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotary=None, past=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).unbind(2)  # (B, T, H, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, -1)
+        q, k, v = qkv.unbind(2)  # (B, T, H, D)
         if self.config.qk_norm:
             q, k = (F.rms_norm(part, part.shape[-1:]).type_as(v) for part in (q, k))
         if rotary is not None:
@@ -95,7 +96,8 @@ class CausalSelfAttention(nn.Module):
         mask, dropout = None, self.config.dropout if self.training else 0.0
         if past is not None:
             slots, positions, mask = past  # (B, S, 2, H, D), (T,), (T, S)
-            slots.index_copy_(1, positions, torch.stack([k, v], dim=2))
+            as_made = rotary is None and not self.config.qk_norm  # a launch less for each token
+            slots.index_copy_(1, positions, qkv[:, :, 1:] if as_made else torch.stack([k, v], 2))
             k, v = slots.unbind(2)  # (B, S, H, D)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         causal = {"dropout_p": dropout, "is_causal": mask is None}
@@ -295,8 +297,8 @@ class GPT(nn.Module):
             pointer = self.pointer and self.pointer(x, kv_cache, positions)
             pointer = pointer and [part[:, -1:] for part in pointer]
             logits = self.logits(x[:, -1:], weight, pointer, context)[:, -1]
-            tokens.index_copy_(1, last + 1, sample(logits, temperature, top_k, generator))
             last.add_(1)
+            tokens.index_copy_(1, last, sample(logits, temperature, top_k, generator))
 
         def from_cache():
             append(tokens.index_select(1, last), tokens[:, :block], kv_cache, last)
