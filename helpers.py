@@ -311,33 +311,27 @@ class Score:
 
 
 def score_of(losses, data, split):
-    """The Score of a split with these token losses: (N,), or an iterable of parts in turn."""
-    parts = [losses] if isinstance(losses, torch.Tensor) else losses
-    sums = [(part.sum(dtype=torch.float64).item(), len(part)) for part in parts]
-    nats, tokens = map(sum, zip(*sums, strict=True))
-    return Score(nats, tokens, data.bytes[split], data.words[split])
+    """The Score of a split with these token losses (N,)."""
+    nats = losses.sum(dtype=torch.float64).item()
+    return Score(nats, len(losses), data.bytes[split], data.words[split])
 
 
 def evaluate(model, data, split, stride=None):
-    """Evaluates every token of a split exactly once, in float32; returns a Score.
+    """The Score of a split by its `token_losses`."""
+    return score_of(token_losses(model, data, split, stride), data, split)
+
+
+def token_losses(model, data, split, stride=None):
+    """Losses in nats (N,) of a split's tokens, each evaluated exactly once, in float32.
 
     Without a stride, in non-overlapping windows; with one, in sliding windows `stride` tokens
     apart, so that each token sees at least block_size - stride others, where they exist.
     """
-    return score_of(_loss_parts(model, data, split, stride), data, split)
-
-
-def token_losses(model, data, split, stride=None):
-    """Losses in nats (N,) of each of a split's tokens, in order; see `evaluate`."""
-    return torch.cat(list(_loss_parts(model, data, split, stride)))
-
-
-def _loss_parts(model, data, split, stride):
     device, block = next(model.parameters()).device, model.config.block_size
     stride = block if stride is None else stride
     if not isinstance(stride, int) or not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: give a whole number from 1 to {block}.")
-    tokens = load_tokens(data.splits[split], device)
+    tokens, losses = load_tokens(data.splits[split], device), []
     for first in range(0, len(tokens), stride * max(1, 32768 // block)):
         last = min(first + stride * max(1, 32768 // block), len(tokens))
         begins = torch.arange(first, last, stride, device=device)[:, None]
@@ -347,8 +341,9 @@ def _loss_parts(model, data, split, stride):
         inside = targets.clamp(max=len(tokens) - 1)  # what overhangs is never seen: causal
         x = gather(tokens, (inside - 1).clamp(min=0)).where(inside > 0, data.bos_id)
         with evaluating(model):
-            losses = model.token_losses(x, gather(tokens, inside), chosen.flatten().nonzero()[:, 0])
-        yield losses
+            y = gather(tokens, inside)
+            losses.append(model.token_losses(x, y, chosen.flatten().nonzero()[:, 0]))
+    return torch.cat(losses)
 
 
 def ensemble_losses(losses):

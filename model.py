@@ -100,8 +100,7 @@ class CausalSelfAttention(nn.Module):
             slots.index_copy_(1, positions, qkv[:, :, 1:] if as_made else torch.stack([k, v], 2))
             k, v = slots.unbind(2)  # (B, S, H, D)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        causal = {"dropout_p": dropout, "is_causal": mask is None}
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **causal)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
