@@ -62,8 +62,7 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
         return _intact(folder) or _open_or_make(folder, *parts(name, root))
     except Unavailable as error:
         if (folder / "meta.json").exists():
-            text = f"{folder} is damaged and cannot be made again now: {error}"
-            raise DataError(text) from error
+            raise DataError(f"{folder} is damaged and cannot be made again: {error}") from error
         if not allow_stand_in:
             raise
     return _open_or_make(root / STAND_INS[name], *_stand_in(name, root))
@@ -101,10 +100,10 @@ def _open_or_make(folder, texts, tokenizer, facts):
         with FileLock(folder / ".lock"):
             if not _same(folder, tokenizer, facts):  # another process may have made it meanwhile
                 write_set(folder, texts, tokenizer, facts)
+            return load(folder)  # before another process replaces it by another text
     except OSError as error:
         text = f"{folder} cannot be written ({reason(error)}): make it writable."
         raise DataError(text) from error
-    return load(folder)
 
 
 def _same(folder, tokenizer, facts):
@@ -334,16 +333,18 @@ def write_set(folder, texts, tokenizer, facts):
         leftover.unlink(missing_ok=True)
     entries = {}
     with contextlib.ExitStack() as stack:
+        outs = [stack.enter_context(atomic_write(folder / "meta.json"))]  # gets its name last
         for split, group in groupby(texts, key=lambda pair: pair[0]):
-            out = stack.enter_context(atomic_write(folder / f"{split}.bin"))
-            entry = _write_split(out, (text for _, text in group), tokenizer)
+            outs.append(stack.enter_context(atomic_write(folder / f"{split}.bin")))
+            entry = _write_split(outs[-1], (text for _, text in group), tokenizer)
             entries[split] = {"file": f"{split}.bin"} | entry
         _check_sizes(folder.name, entries)
-    meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts, "dtype": "uint16"}
-    meta |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": entries}
-    meta |= tokenizer.vocabulary
-    with atomic_write(folder / "meta.json") as out:
-        out.write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
+        meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts}
+        meta |= {"dtype": "uint16", "tokenizer": tokenizer.name, "splits": entries}
+        meta |= {"vocab_size": tokenizer.vocab_size, **tokenizer.vocabulary}
+        outs[0].write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
+        for out in outs:  # a full disk is known before the first file gets its name
+            out.flush()
 
 
 def _check_sizes(name, entries):

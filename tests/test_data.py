@@ -457,6 +457,20 @@ def test_text_that_changes_while_it_is_read_is_refused(own, tmp_path, monkeypatc
     assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
 
 
+def test_full_disk_at_the_very_end_leaves_the_old_set(own, tmp_path, monkeypatch):
+    """Whose files and meta.json get their names together, once all are written."""
+
+    def full(meta):
+        raise OSError(28, "No space left on device")
+
+    own(play())
+    monkeypatch.setattr(preparing, "meta_sum", full)
+    with refused("No space left"):
+        own(play(4000))
+    monkeypatch.undo()
+    assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
+
+
 @pytest.mark.parametrize("name", ["a.txt", "c.txt"])
 @pytest.mark.parametrize("rest", [b"\xff" + CONTENT, b"\xc3"], ids=["wrong byte", "half a letter"])
 def test_bad_utf8_names_the_file_and_about_where(tmp_path, name, rest):
