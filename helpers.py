@@ -465,6 +465,24 @@ def load_checkpoint(path, identity=None):
     return checkpoint
 
 
+def _missing(path):
+    """Whether there is no such file; False for one that cannot be looked at."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass  # Path.exists is False for these too, from Python 3.14 on
+    return False
+
+
+def _stamp(path):
+    """What changes whenever a file is replaced; None where there is none."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def _differing(there, here):
     names = (name for name in here | there if there.get(name) != here.get(name))
     return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
@@ -484,7 +502,8 @@ def load_model(path, device="cpu", data=None, identity=None):
         head, size = weights["lm_head.weight"], data and data.vocab_size
         if not torch.equal(head, weights["transformer.wte.weight"]):
             raise ValueError("its output layer is not its token embedding")
-        if data and "chars" not in checkpoint and config.vocab_size == size + -size % 64:
+        padded = data and data.tokenizer.name == "gpt2" and size + -size % 64
+        if "chars" not in checkpoint and config.vocab_size == padded:  # nanoGPT pads no others
             config = replace(config, vocab_size=size)
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
@@ -503,12 +522,15 @@ def load_model(path, device="cpu", data=None, identity=None):
 
 def start_weights(path, config, data):
     """Weights of a checkpoint to start a run from, and 16 digits that identify the file."""
-    model = load_model(path, data=data)
+    before = _stamp(path)
+    model, digest = load_model(path, data=data), sha256_of(path)[:16]
+    if _stamp(path) != before:
+        raise CheckpointError(f"{path} changed while it was read: start from a copy of it.")
     wanted = config.model_config(data.vocab_size)
     differing = _differing(asdict(replace(model.config, dropout=wanted.dropout)), asdict(wanted))
     if differing:
         raise CheckpointError(f"{path} cannot start this run ({differing}): choose another file.")
-    return model.state_dict(), sha256_of(path)[:16]
+    return model.state_dict(), digest
 
 
 # ----- the training step -----
@@ -597,6 +619,8 @@ class Trainer:
         last, started = self.boundary(first), time.perf_counter()
         if self.loaded != first:
             self.load(first)
+        if rank():  # last.pt has the main process's generators; dropout must differ
+            torch.manual_seed((self.config.seed + rank()) * 1_000_003 + first)
         for _ in range(first, last):
             self.graphed_step()
         if last < self.config.max_iters:
@@ -640,7 +664,7 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None,
         }
 
-    def load_state_dict(self, state, step):
+    def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.by_name.items():
             optimizer.load_state_dict(state[name])
@@ -653,8 +677,6 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.precision.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.precision.device)
-        if rank():  # the generators are the main process's; dropout must differ
-            torch.manual_seed((self.config.seed + rank()) * 1_000_003 + step)
 
 
 def compile_layers(model, precision, batch_size):
@@ -732,6 +754,8 @@ class Run:
         self.resumed_at, self.interrupted, self.status = 0, None, None
         self.best_state, self.best_is_new = None, False  # the best checkpoint; not yet in ckpt.pt
         self.saved_step, self.saved_at = None, time.monotonic()
+        self.stamp = _stamp(self.folder / "last.pt")  # as this run last saw it
+        self.kept_step = 0  # that of the checkpoint which ckpt.pt is
 
     @property
     def step(self):
@@ -800,18 +824,28 @@ class Run:
         """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
         if rank() or (self.step and time.monotonic() - self.saved_at < every):
             return
+        if self.step == 0 and self.saved_step is None and self.stamp:
+            return  # fresh: what is there is replaced once a step has gone well
         if self.step != self.saved_step:
             # the best weights too: whatever comes between, ckpt.pt can be made of last.pt
             state = trainer.state_dict() | {"history": self.history, "best": self.best_state}
             state |= {"seconds": self.seconds, "waited": self.waited}
-            save_checkpoint(self.folder / "last.pt", self._checkpoint(state, trainer))
+            self._write("last.pt", self._checkpoint(state, trainer))
             self.saved_step, self.saved_at = self.step, time.monotonic()
         self.save_best()
 
     def save_best(self):
-        if self.best_is_new:
-            save_checkpoint(self.folder / "ckpt.pt", self.best_state)
+        if self.best_is_new and self.step >= self.kept_step:  # what failed later left a later one
+            self._write("ckpt.pt", self.best_state)
             self.best_is_new = False
+
+    def _write(self, name, checkpoint):
+        """Saves under this name, unless another run has written last.pt meanwhile."""
+        last = self.folder / "last.pt"
+        if _stamp(last) not in (None, self.stamp):
+            load_checkpoint(last, self.identity)  # refuses what is another run's
+        save_checkpoint(self.folder / name, checkpoint)
+        self.stamp = _stamp(last)
 
     def restore(self, trainer):
         """Resumes from last.pt, if there is one, to the same end as a run never stopped."""
@@ -820,10 +854,11 @@ class Run:
             return
         try:
             self.history = {key: list(saved["history"][key]) for key in self.history}
-            trainer.load_state_dict(saved, self.step)
+            trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.best_state = dict(saved["best"])
-            self.best_is_new = not rank() and kept != self.best["val_loss"]
+            kept_loss, self.kept_step = kept
+            self.best_is_new = not rank() and kept_loss != self.best["val_loss"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
@@ -833,14 +868,13 @@ class Run:
 
     def _saved_state(self):
         last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
-        with contextlib.suppress(OSError):  # which reading says in one sentence
-            if best.exists() and not last.exists():
+        if _missing(last):
+            if not _missing(best):
                 raise CheckpointError(f"{best} lies there without its last.pt: {FRESH}.")
-            if not last.exists():
-                return None, None
+            return None, None
         saved = load_checkpoint(last, self.identity)
-        kept = load_checkpoint(best, self.identity) if best.exists() else {}  # written again
-        return saved, kept.get("best_val_loss")
+        kept = {} if _missing(best) else load_checkpoint(best, self.identity)  # written again
+        return saved, (kept.get("best_val_loss"), kept.get("iter_num", 0))
 
     def load(self, which="best", device="cpu"):
         path = self.folder / {"best": "ckpt.pt", "last": "last.pt"}[which]
@@ -892,7 +926,7 @@ def train_model(
             train_loop(run, trainer, view or (lambda run: None), save_every, interrupted)
         except (RuntimeError, MemoryError) as error:
             short = out_of_memory(error)
-            if run and (short or isinstance(error, TrainingError)):
+            if run and run.saved_step is not None and (short or isinstance(error, TrainingError)):
                 run.save_best()
             if not short:
                 raise
@@ -919,6 +953,8 @@ def train_loop(run, trainer, view, save_every, interrupted):
         if run.finished or interrupted():
             break
         run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
+        if run.saved_step is None:
+            run.save(trainer)
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
     run.end(trainer)
@@ -964,7 +1000,8 @@ def train_command(options, device):
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
     folder, view = options.out or out_folder(data.name), None if rank() else print_progress
-    how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
+    how = {"fresh": options.fresh and not again, "start_from": options.start_from, "view": view}
     model, precision = make_model(config, data), choose_precision(device)
     return train_model(model, data, config, folder, precision, **how)
 
