@@ -963,6 +963,8 @@ def train_command(options, device):
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
+    if data.stand_in and not rank():
+        print(f"{options.dataset} cannot be had: this is the {data.title}.", flush=True)
     folder, view = options.out or out_folder(data.name), None if rank() else print_progress
     how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
     model, precision = make_model(config, data), choose_precision(device)

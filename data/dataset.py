@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from data.fetch import DataError, fetch_gpt2, reason, sha256_of
+from data.fetch import DataError, fetch_gpt2, reason
 
 FORMAT = 2  # of meta.json and the .bin files; raised when either changes its meaning
 DTYPE = np.dtype("<u2")  # uint16, little-endian on every machine
@@ -209,10 +209,11 @@ def _open_split(folder, entry):
     """The tokens (N,) of one split, once their sum is right."""
     path = folder / entry["file"]
     try:
-        digest = sha256_of(path)
-        if digest != entry["sha256"]:
-            raise damaged(path, f"has SHA-256 {digest}, meta.json says {entry['sha256']}")
-        return np.memmap(path, dtype=DTYPE, mode="r")
+        with open(path, "rb") as file:  # one file: the path may come to name another meanwhile
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                raise damaged(path, f"has SHA-256 {digest}, meta.json says {entry['sha256']}")
+            return np.memmap(file, dtype=DTYPE, mode="r")
     except OSError as error:
         raise damaged(path, f"cannot be read ({reason(error)})", error) from error
 

@@ -69,6 +69,15 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
     return _open_or_make(root / STAND_INS[name], *_stand_in(name, root))
 
 
+def prepare_alike(names, **options):
+    """The Datasets of these names, which hold the same text: all real, or all the stand-in."""
+    found = [prepare(name, **options) for name in names]
+    if len({data.stand_in for data in found}) == 1:
+        return found
+    root = Path(options.get("root", ROOT))
+    return [_open_or_make(root / STAND_INS[name], *_stand_in(name, root)) for name in names]
+
+
 def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     """A Dataset of your own text under `root`, or the one that is there of the same text.
 
@@ -82,6 +91,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     root = Path(root)
     folder = root / _set_name(source, name, tokenizer)
     files = _find_files(source)
+    _check_folder(folder, files)
     digest, chars, length = _survey(files)
     texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
@@ -90,6 +100,21 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
     facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
     return _open_or_make(folder, texts, made, facts)
+
+
+def _check_folder(folder, files):
+    """DataError if the set would be written over something other than an own text of its name."""
+    other = None
+    if any(folder.resolve() in file.resolve().parents for file in files):
+        other = "the text itself"
+    elif os.path.exists(folder / "meta.json"):
+        with contextlib.suppress(DataError):  # a damaged set is made again
+            data = load(folder)
+            other = f"the set {data.name}" if data.name != folder.name else None
+    elif os.path.exists(folder / "train.bin") and not os.path.exists(folder / ".lock"):
+        other = "files that are not this project's"
+    if other:
+        raise DataError(f"{folder} holds {other}: choose another name (--name).")
 
 
 def _open_or_make(folder, texts, tokenizer, facts):
@@ -101,10 +126,10 @@ def _open_or_make(folder, texts, tokenizer, facts):
         with FileLock(folder / ".lock"):
             if not _same(folder, tokenizer, facts):  # another process may have made it meanwhile
                 write_set(folder, texts, tokenizer, facts)
+            return load(folder)  # before another process replaces it by another text
     except OSError as error:
         text = f"{folder} cannot be written ({reason(error)}): make it writable."
         raise DataError(text) from error
-    return load(folder)
 
 
 def _same(folder, tokenizer, facts):
@@ -248,6 +273,9 @@ def _find_files(source):
             found = _walk(path, set())
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
+        found = list(found)
+        for file in found:
+            file.stat()  # names a link that leads nowhere
         files = sorted((file for file in found if file.is_file()), key=Path.as_posix)
         sizes = {file: file.stat().st_size for file in files}
     if not sizes:
@@ -293,6 +321,8 @@ def _survey(files):
     digest, chars, length = hashlib.sha256(), set(), 0
     for text in _read("reading", files, digest):
         chars.update(text)
+        if "\0" in chars:
+            raise DataError("The text holds zero bytes: convert it from UTF-16, or leave it out.")
         length += len(text)
     return digest.hexdigest(), "".join(chars), length
 
@@ -332,21 +362,27 @@ def write_set(folder, texts, tokenizer, facts):
     """
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed; the lock is ours
         leftover.unlink(missing_ok=True)
-    entries = {}
+    entries, outs = {}, []
     with contextlib.ExitStack() as stack:
+        described = stack.enter_context(atomic_write(folder / "meta.json"))  # gets its name last
         for split, group in groupby(texts, key=lambda pair: pair[0]):
             out = stack.enter_context(atomic_write(folder / f"{split}.bin"))
+            outs.append(out)
             entry = _write_split(out, (text for _, text in group), tokenizer)
             entries[split] = {"file": f"{split}.bin"} | entry
         _check_sizes(folder.name, entries)
-    meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts, "dtype": "uint16"}
-    meta |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": entries}
-    meta |= tokenizer.vocabulary
-    with atomic_write(folder / "meta.json") as out:
-        out.write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
+        meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts}
+        meta |= {"dtype": "uint16", "tokenizer": tokenizer.name, "splits": entries}
+        meta |= {"vocab_size": tokenizer.vocab_size, **tokenizer.vocabulary}
+        described.write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
+        for out in [*outs, described]:  # all are on the disk before the first gets its name
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def _check_sizes(name, entries):
+    if not {"train", "val"} <= entries.keys():
+        raise DataError("The text is too short: give some thousand characters or more.")
     for split, entry in entries.items():
         tokens, words = entry["tokens"], entry["words"] - entry["lines"]
         known = TOKENS.get(name, {}).get(split, tokens)

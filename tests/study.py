@@ -150,16 +150,20 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=helpers.PRESETS, default="record")
     parser.add_argument("--only", choices=STUDIES, help="default: both")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: .results, for the preset record alone")
     options = parser.parse_args(arguments)
+    if not options.out and options.preset != "record":
+        parser.error("the report draws what is in .results: give --out for another preset.")
+    out = options.out or RESULTS
     precision, preset = helpers.choose_precision(), helpers.choose_preset(options.preset)
     for name in [options.only] if options.only else STUDIES:
         results = {"environment": helpers.describe_machine(precision), "rows": []}
         for row in STUDIES[name](preset, precision):
             results["rows"].append(row)
             print(row, flush=True)
-            with atomic_write(options.out / f"{name}.json") as file:
+            with atomic_write(out / f"{name}.partial.json") as file:
                 file.write((json.dumps(results, indent=1) + "\n").encode())
+        (out / f"{name}.partial.json").replace(out / f"{name}.json")  # once it is whole
 
 
 if __name__ == "__main__":
