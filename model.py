@@ -469,8 +469,8 @@ def repeat(step, times, device, generator=None, warmup=0):
 
 # ----- cross-entropy over a large vocabulary -----
 # Bound by memory: PyTorch's own writes copies of the logits in float32. On a CPU a few rows at a
-# time stay in the cache; on CUDA two kernels read each row for the loss, and once more to overwrite
-# it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
+# time stay in the cache; on CUDA one kernel reads a row for its loss and, while the row is in the
+# cache, overwrites it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
 
 
 def pad_vocab(weight):
@@ -479,8 +479,9 @@ def pad_vocab(weight):
         return weight
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else weight.dtype
-    padded = weight.new_zeros(len(weight) + -len(weight) % 64, weight.size(1), dtype=dtype)
+    padded = weight.new_empty(len(weight) + -len(weight) % 64, weight.size(1), dtype=dtype)
     padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
     return padded
 
 
@@ -505,34 +506,36 @@ CHUNKED = getattr(nn, "LinearCrossEntropyOptions", lambda **options: None)(batch
 if triton is not None:
 
     @triton.jit
-    def _row_loss(logits, targets, losses, normalisers, columns, width, BLOCK: tl.constexpr):
-        """One program a row: the log of the sum of exponentials in one pass, then the loss."""
+    def _row_loss(
+        logits, targets, losses, columns, width, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """One program a row: its loss, from the log of the sum of exponentials in one pass.
+
+        With GRADIENT the logits then become softmax - one-hot target, and their padding zero.
+        """
         row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        wanted = tl.load(logits + row * width + target).to(tl.float32)
         largest = tl.full([BLOCK], -1e30, tl.float32)  # running maximum and sum of each lane
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            place, inside = logits + row * width + column, column < columns
-            z = tl.load(place, mask=inside, other=-float("inf")).to(tl.float32)
+            column = start + tl.arange(0, BLOCK)  # the width allows loads of 16 bytes
+            z = tl.load(logits + row * width + column, mask=column < width, other=0).to(tl.float32)
+            z = tl.where(column < columns, z, -float("inf"))
             e = tl.exp(-tl.abs(z - largest))
             total = tl.where(z > largest, total * e + 1, total + e)
             largest = tl.maximum(largest, z)
         top = tl.max(largest, 0)
         normaliser = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
-        target = tl.load(targets + row)
-        tl.store(normalisers + row, normaliser)
-        tl.store(losses + row, normaliser - tl.load(logits + row * width + target).to(tl.float32))
-
-    @triton.jit
-    def _row_gradient(logits, targets, normalisers, scales, columns, width, BLOCK: tl.constexpr):
-        """Overwrites logits by scale * (softmax - one-hot target), and a row's padding by zero."""
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        place = logits + row * width + column
-        z = tl.load(place, mask=column < columns, other=-float("inf")).to(tl.float32)
-        one_hot = tl.where(column == tl.load(targets + row), 1.0, 0.0)
-        gradient = (tl.exp(z - tl.load(normalisers + row)) - one_hot) * tl.load(scales + row)
-        tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
+        tl.store(losses + row, normaliser - wanted)
+        if GRADIENT:
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                place = logits + row * width + column
+                z = tl.load(place, mask=column < width, other=0).to(tl.float32)
+                gradient = tl.exp(z - normaliser) - tl.where(column == target, 1.0, 0.0)
+                gradient = tl.where(column < columns, gradient, 0.0)
+                tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -540,26 +543,23 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        padded = pad_vocab(weight)
+        padded, gradient = pad_vocab(weight), any(ctx.needs_input_grad)
         states = x.to(padded.dtype)
-        logits = states @ padded.t()
-        losses, normalisers = torch.empty(2, len(x), device=x.device)
-        rows, sizes = (logits, targets, losses, normalisers), (len(weight), logits.size(1))
-        _row_loss[(len(x),)](*rows, *sizes, BLOCK=4096, num_warps=8)
-        ctx.save_for_backward(states, padded, targets, logits, normalisers)
-        ctx.columns, ctx.dtypes = len(weight), (x.dtype, weight.dtype)
+        logits, losses = states @ padded.t(), torch.empty(len(x), device=x.device)
+        sizes = {"columns": len(weight), "width": logits.size(1), "GRADIENT": gradient}
+        _row_loss[(len(x),)](logits, targets, losses, **sizes, BLOCK=4096, num_warps=8)
+        if gradient:  # which the logits are now
+            ctx.save_for_backward(states, padded, logits)
+            ctx.columns, ctx.dtypes = len(weight), (x.dtype, weight.dtype)
         return losses
 
     @staticmethod
     def backward(ctx, scales):
-        states, padded, targets, logits, normalisers = ctx.saved_tensors
-        width = logits.size(1)
-        grid, sizes = (len(logits), triton.cdiv(width, 4096)), (ctx.columns, width)
-        rows = (logits, targets, normalisers, scales.contiguous())
-        # once only: the logits become their gradient
-        _row_gradient[grid](*rows, *sizes, BLOCK=4096, num_warps=8)
-        weight_gradient = (logits.t() @ states)[: ctx.columns]
-        return (logits @ padded).to(ctx.dtypes[0]), weight_gradient.to(ctx.dtypes[1]), None
+        (states, padded, gradient), (dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+        x_gradient = (gradient @ padded) * scales[:, None]
+        scaled, gradient = (states * scales[:, None]).to(states.dtype), gradient[:, : ctx.columns]
+        weight_gradient = torch.mm(gradient.t(), scaled, out_dtype=weight_dtype)
+        return x_gradient.to(dtype), weight_gradient, None
 
 
 @functools.cache
