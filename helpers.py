@@ -521,8 +521,8 @@ def make_model(config, data):
 class Optimizers:
     """AdamW and, if a config has it, Muon as one: one overflow leaves out the whole step."""
 
-    _step_supports_amp_scaling = True  # the scaler then sets these two and asks the device nothing
-    grad_scale = found_inf = None
+    _step_supports_amp_scaling = True  # the scaler then sets found_inf and asks the device nothing
+    found_inf = None
 
     def __init__(self, model, config, lr, device_type):
         hidden = model.transformer.h.named_parameters() if config.muon_lr_scale else []
@@ -537,9 +537,10 @@ class Optimizers:
     def param_groups(self):
         return [group for o in self.by_name.values() for group in o.param_groups]
 
-    def step(self):
+    def step(self, grad_scale):
+        """One step by gradients divided by `grad_scale`, without writing them out first."""
         for optimizer in self.by_name.values():
-            optimizer.grad_scale, optimizer.found_inf = self.grad_scale, self.found_inf
+            optimizer.grad_scale, optimizer.found_inf = grad_scale, self.found_inf
             optimizer.step()
 
 
@@ -617,9 +618,8 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizers)
-        largest = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        self.scaler.step(self.optimizers)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        self.scaler.step(self.optimizers, (norm / (self.config.grad_clip or math.inf)).clamp(min=1))
         self.scaler.update()
         self.losses.index_copy_(0, self.row, total[None])
         self.grad_norms.index_copy_(0, self.row, norm[None])

@@ -360,7 +360,8 @@ class Muon(torch.optim.Optimizer):
     Unlike PyTorch's own it reads its rate, `lr` times `lr_scale`, on the device, as a graph must.
     """
 
-    found_inf = None  # set by a gradient scaler: such a step leaves everything as it is
+    # as fused AdamW's: gradients are divided by the one, the other leaves everything as it is
+    grad_scale = found_inf = None
 
     def __init__(self, matrices, lr, lr_scale, weight_decay, momentum=0.95):
         options = {"lr": lr, "lr_scale": lr_scale, "weight_decay": weight_decay}
@@ -376,6 +377,8 @@ class Muon(torch.optim.Optimizer):
         gradients = [matrix.grad for matrix in matrices]
         momenta = [self.state[matrix]["momentum"] for matrix in matrices]
         lr = group["lr"] * group["lr_scale"]
+        if self.grad_scale is not None:
+            gradients = torch._foreach_div(gradients, self.grad_scale)
         if self.found_inf is not None:
             pairs = zip(gradients, momenta, strict=True)
             gradients = [torch.where(self.found_inf > 0, m, g) for g, m in pairs]

@@ -703,8 +703,8 @@ def test_number_that_is_not_finite(corpus, finished, tmp_path, monkeypatch, faul
         calls.append(None)
         return value * bad if len(calls) == step + 1 else value
 
-    def move_and_poison(optimizers):  # an evaluation or else the next loss meets it first
-        move(optimizers)
+    def move_and_poison(*arguments):  # an evaluation or else the next loss meets it first
+        move(*arguments)
         calls.append(len(calls) == step - 1 and model.lm_head.weight.data.fill_(bad))
 
     if where == "loss":

@@ -287,9 +287,10 @@ def test_muon_steps_like_pytorch_s(shape):
     options = {"weight_decay": 0.1, "momentum": 0.95}
     optimizers = [Muon([whole], torch.tensor(0.01), lr_scale=2.0, **options)]
     optimizers.append(torch.optim.Muon(parts, lr=0.02, **options))
-    for gradient in gradients:
+    for scale, gradient in zip((1.0, 30.0, 0.1, 2.0), gradients, strict=True):
         for parameter, own in zip([whole, *parts], [gradient, *gradient.split(rows)], strict=True):
             parameter.grad = own.clone()
+        whole.grad, optimizers[0].grad_scale = scale * gradient, torch.tensor(scale)
         for optimizer in optimizers:
             optimizer.step()
     off = gap(whole - start, torch.cat(parts) - start)

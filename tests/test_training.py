@@ -211,7 +211,8 @@ def take(trainer, steps):
 def descending(config, corpus):
     """A trainer by plain descent, which shows the gradient itself; Adam would normalise it."""
     trainer = Trainer(make_model(config, corpus), corpus, config, CPU)
-    trainer.optimizers = torch.optim.SGD(trainer.model.parameters(), lr=trainer.lr)
+    descent = torch.optim.SGD(trainer.model.parameters(), lr=trainer.lr, fused=True)
+    trainer.optimizers.by_name = {"optimizer": descent}
     return trainer
 
 
