@@ -13,6 +13,7 @@ import io
 import math
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -544,6 +546,23 @@ class Optimizers:
             optimizer.step()
 
 
+class CastWeights(torch.autograd.Function):
+    """Weights in another type, and their gradients back, in one launch each; autocast's own way
+    has one a weight."""
+
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+        torch._foreach_copy_(wide, gradients)
+        return None, *wide
+
+
 class Trainer:
     """A run's state on its device, and the one optimizer step of every device and precision.
 
@@ -572,9 +591,11 @@ class Trainer:
         self.loaded = None  # the first of the steps that the tables hold
         slow = fused_loss_obstacle() if cuda else None
         self.obstacles = [f"no fused loss: {slow}"] if slow else []
-        if config.compile and cuda:
-            self.obstacles += compile_layers(model, precision, shape[2])
+        half = alone and precision.dtype != torch.float32
+        self.cast = [n for n, _ in model.named_parameters() if half and re.search("attn|mlp", n)]
         self.module = model
+        if config.compile and cuda:
+            self.obstacles += compile_layers(model, self.loss, shape[2])
         if not alone:
             self.module = DistributedDataParallel(model, device_ids=[device] if cuda else None)
         self.graphed_step = CUDAGraphed(self.step, cuda and alone, recover=self.forget_step)
@@ -606,6 +627,13 @@ class Trainer:
         norms = self.grad_norms[: last - first].tolist()
         return losses.tolist(), norms, time.perf_counter() - started
 
+    def loss(self, x, y):
+        """The mean loss, by copies of the layers' weights in autocast's type."""
+        weights = [self.model.get_parameter(name) for name in self.cast]
+        copies = CastWeights.apply(self.precision.dtype, *weights) if weights else ()
+        with self.precision.autocast():
+            return functional_call(self.module, dict(zip(self.cast, copies, strict=True)), (x, y))
+
     def step(self):
         self.model.zero_grad(set_to_none=True)
         self.lr.copy_(self.lrs[self.row][0])
@@ -613,8 +641,7 @@ class Trainer:
         for micro_step in range(micro_steps):
             x, y = self.loader.get(self.row, micro_step)
             self.module.require_backward_grad_sync = micro_step == micro_steps - 1  # DDP's no_sync
-            with self.precision.autocast():
-                loss = self.module(x, y) / micro_steps
+            loss = self.loss(x, y) / micro_steps
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizers)
@@ -657,14 +684,13 @@ class Trainer:
             torch.manual_seed((self.config.seed + rank()) * 1_000_003 + step)
 
 
-def compile_layers(model, precision, batch_size):
+def compile_layers(model, loss, batch_size):
     """Compiles the layers in place, one for all since they are alike; returns what prevents it."""
-    idx = torch.zeros(batch_size, model.config.block_size).long().to(precision.device)
+    idx = torch.zeros(batch_size, model.config.block_size).long().to(model.lm_head.weight.device)
     for layer in model.transformer.h:
         layer.compile()
     try:
-        with precision.autocast():
-            model(idx, idx).backward()
+        loss(idx, idx).backward()
         return []
     except Exception as error:  # compilers fail in many ways, all at the first call
         for layer in model.transformer.h:

@@ -249,6 +249,18 @@ def test_step_moves_by_its_rate_times_the_clipped_gradient(config, corpus, grad_
         assert moved == pytest.approx(expected, rel=1e-3), f"step {step}, norm {norm}"
 
 
+def test_weights_cast_together_train_as_autocast_s_own(config, corpus):
+    half, ends = Precision(torch.device("cpu"), torch.bfloat16, "for tests"), []
+    for ours in (True, False):
+        trainer = Trainer(make_model(config, corpus), corpus, config, half)
+        assert len(trainer.cast) == 8 * config.n_layer, trainer.cast
+        trainer.cast = trainer.cast if ours else []
+        trainer.reset(make_model(config, corpus).state_dict())
+        ends.append((take(trainer, 3), trainer.model.state_dict()))
+    assert ends[0][0] == ends[1][0], ends
+    assert not differences(ends[0][1], ends[1][1])
+
+
 def test_muon_moves_the_layers_matrices_and_adamw_the_rest(config, corpus):
     config = replace(config, muon_lr_scale=20.0)
     trainer = Trainer(make_model(config, corpus), corpus, config, CPU)
@@ -276,7 +288,7 @@ def test_compiled_layers_stand_in_for_the_models_own_unless_that_fails(model, mo
         return lambda *args: 1 / 0 if broken else (called.append(call.__self__), call(*args))[1]
 
     monkeypatch.setattr(torch, "compile", compiled)
-    obstacles = helpers.compile_layers(model, CPU, 2)
+    obstacles = helpers.compile_layers(model, model, 2)
     assert [("ZeroDivisionError" in text) for text in obstacles] == [True] * broken, obstacles
     called.clear()
     assert torch.equal(model(idx, idx), expected)
