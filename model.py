@@ -88,13 +88,15 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotary=None, past=None):
         B, T, C = x.shape  # below: (B, T, H, D)
-        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim).unbind(2)
+        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim)
+        q, k, v = qkv.unbind(2)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         mask, dropout = None, self.config.dropout if self.training else 0.0
         if past is not None:
             slots, positions, mask = past  # (B, S, 2, H, D), (T,), (T, S)
-            slots.index_copy_(1, positions, torch.stack([k, v], dim=2))
+            changed = qkv[:, :, 1:] if rotary is None else torch.stack([k, v], dim=2)
+            slots.index_copy_(1, positions, changed)
             k, v = slots.unbind(2)  # (B, S, H, D)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         causal = {"dropout_p": dropout, "is_causal": mask is None}
@@ -296,8 +298,8 @@ class GPT(nn.Module):
             pointer = self.pointer and self.pointer(x, kv_cache, positions)
             pointer = pointer and [part[:, -1:] for part in pointer]
             logits = self.logits(x[:, -1:], weight, pointer, context)[:, -1]
-            tokens.index_copy_(1, last + 1, sample(logits, temperature, top_k, generator))
             last.add_(1)
+            tokens.index_copy_(1, last, sample(logits, temperature, top_k, generator))
 
         def from_cache():
             append(tokens.index_select(1, last), tokens[:, :block], kv_cache, last)
