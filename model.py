@@ -155,9 +155,11 @@ class PointerHead(nn.Module):
             mask = x.new_full((x.size(1), x.size(1)), -math.inf).triu(1)
         else:
             keys, mask = kv_cache.add_keys(key, next_key, positions), kv_cache.mask[positions]
-        scores = (query @ keys.mT).float() / math.sqrt(x.size(-1)) + mask
+        # (B, T, S) is large: one pass scales, masks and widens it, and split has a cheap gradient
+        scores = torch.add(mask.float(), query @ keys.mT, alpha=x.size(-1) ** -0.5)
         probs = torch.cat([scores, self.sentinel(x).float()], dim=-1).softmax(-1)
-        return probs[..., :-1], probs[..., -1]
+        copy_probs, gate = probs.split([scores.size(-1), 1], dim=-1)
+        return copy_probs, gate.squeeze(-1)
 
 
 class KVCache:
@@ -265,15 +267,15 @@ class GPT(nn.Module):
 
     def token_losses(self, idx, targets, chosen=None, reduction="none"):
         """Losses in nats (N,) of the targets (B, T) after ids (B, T), or of those `chosen` (N,)."""
-        x, targets = self.backbone(idx), targets.flatten()
-        pick = slice(None) if chosen is None else chosen
-        rows, targets = x.flatten(0, 1)[pick], targets[pick]
+        x, pick = self.backbone(idx), slice(None) if chosen is None else chosen
+        rows, wanted = x.flatten(0, 1)[pick], targets.flatten()[pick]
         if self.pointer is None:
-            return vocab_losses(rows, self.lm_head.weight, targets, reduction)
-        copy_probs, gate = (part.flatten(0, 1)[pick] for part in self.pointer(x))  # (N, S), (N,)
-        context = idx[:, None].expand(-1, idx.size(1), -1).flatten(0, 1)[pick]
-        copied = (copy_probs * (context == targets[:, None])).sum(-1)
-        losses = vocab_losses(rows, self.lm_head.weight, targets)
+            return vocab_losses(rows, self.lm_head.weight, wanted, reduction)
+        matches = idx[:, None] == targets[..., None]  # (B, T, S)
+        parts = (*self.pointer(x), matches)
+        copy_probs, gate, matches = (part.flatten(0, 1)[pick] for part in parts)
+        copied = (copy_probs * matches).sum(-1)
+        losses = vocab_losses(rows, self.lm_head.weight, wanted)
         losses = -(copied + gate * torch.exp(-losses)).clamp(min=1e-30).log()
         return losses.mean() if reduction == "mean" else losses
 
