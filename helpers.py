@@ -685,16 +685,17 @@ class Trainer:
 
 
 def compile_layers(model, loss, batch_size):
-    """Compiles the layers in place, one for all since they are alike; returns what prevents it."""
+    """Compiles layers and pointer in place, layers once for all; returns what prevents it."""
     idx = torch.zeros(batch_size, model.config.block_size).long().to(model.lm_head.weight.device)
-    for layer in model.transformer.h:
-        layer.compile()
+    parts = [*model.transformer.h, *[model.pointer] * model.config.pointer]
+    for part in parts:
+        part.compile()
     try:
         loss(idx, idx).backward()
         return []
     except Exception as error:  # compilers fail in many ways, all at the first call
-        for layer in model.transformer.h:
-            layer._compiled_call_impl = None
+        for part in parts:
+            part._compiled_call_impl = None
         return [f"no compiled layers: {type(error).__name__} from torch.compile"]
 
 

@@ -147,19 +147,29 @@ class PointerHead(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.sentinel = nn.Linear(config.n_embd, 1)
 
-    def forward(self, x, kv_cache=None, positions=None):
-        """Probabilities of copying (B, T, S) and of the vocabulary (B, T), together 1."""
+    def scores(self, x, kv_cache=None, positions=None):
+        """Scores (B, T, S) of the tokens to copy and (B, T) of copying none, in float32."""
         query, key, next_key = self.c_attn(x).chunk(3, dim=-1)
         if kv_cache is None:
             keys = key + F.pad(next_key, (0, 0, 1, -1))
             mask = x.new_full((x.size(1), x.size(1)), -math.inf).triu(1)
         else:
             keys, mask = kv_cache.add_keys(key, next_key, positions), kv_cache.mask[positions]
-        # (B, T, S) is large: one pass scales, masks and widens it, and split has a cheap gradient
         scores = torch.add(mask.float(), query @ keys.mT, alpha=x.size(-1) ** -0.5)
-        probs = torch.cat([scores, self.sentinel(x).float()], dim=-1).softmax(-1)
-        copy_probs, gate = probs.split([scores.size(-1), 1], dim=-1)
-        return copy_probs, gate.squeeze(-1)
+        return scores, self.sentinel(x)[..., 0].float()
+
+    def probabilities(self, *where):
+        """Probabilities of copying (B, T, S) and of the vocabulary (B, T), together 1."""
+        scores, sentinel = self.scores(*where)
+        probs = torch.cat([scores, sentinel[..., None]], dim=-1).softmax(-1)
+        return probs[..., :-1], probs[..., -1]
+
+    def forward(self, x, idx, targets):
+        """Log-probabilities (B, T) of copying the targets from `idx`, and of the vocabulary."""
+        scores, sentinel = self.scores(x)
+        total = torch.logaddexp(scores.logsumexp(-1), sentinel)
+        right = scores.masked_fill(idx[:, None] != targets[..., None], -1e4)  # finite: no NaN
+        return right.logsumexp(-1) - total, sentinel - total
 
 
 class KVCache:
@@ -263,7 +273,7 @@ class GPT(nn.Module):
         if targets is not None:
             return self.token_losses(idx, targets, reduction="mean")
         x = self.backbone(idx)
-        return self.logits(x, pointer=self.pointer and self.pointer(x), context=idx)
+        return self.logits(x, pointer=self.pointer and self.pointer.probabilities(x), context=idx)
 
     def token_losses(self, idx, targets, chosen=None, reduction="none"):
         """Losses in nats (N,) of the targets (B, T) after ids (B, T), or of those `chosen` (N,)."""
@@ -271,12 +281,9 @@ class GPT(nn.Module):
         rows, wanted = x.flatten(0, 1)[pick], targets.flatten()[pick]
         if self.pointer is None:
             return vocab_losses(rows, self.lm_head.weight, wanted, reduction)
-        matches = idx[:, None] == targets[..., None]  # (B, T, S)
-        parts = (*self.pointer(x), matches)
-        copy_probs, gate, matches = (part.flatten(0, 1)[pick] for part in parts)
-        copied = (copy_probs * matches).sum(-1)
+        copied, gate = (part.flatten()[pick] for part in self.pointer(x, idx, targets))
         losses = vocab_losses(rows, self.lm_head.weight, wanted)
-        losses = -(copied + gate * torch.exp(-losses)).clamp(min=1e-30).log()
+        losses = -torch.logaddexp(copied, gate - losses)
         return losses.mean() if reduction == "mean" else losses
 
     @torch.no_grad()
@@ -297,7 +304,7 @@ class GPT(nn.Module):
 
         def append(new, context, kv_cache=None, positions=None):
             x = self.backbone(new, kv_cache, positions)
-            pointer = self.pointer and self.pointer(x, kv_cache, positions)
+            pointer = self.pointer and self.pointer.probabilities(x, kv_cache, positions)
             pointer = pointer and [part[:, -1:] for part in pointer]
             logits = self.logits(x[:, -1:], weight, pointer, context)[:, -1]
             last.add_(1)

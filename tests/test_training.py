@@ -255,7 +255,6 @@ def test_weights_cast_together_train_as_autocast_s_own(config, corpus):
         trainer = Trainer(make_model(config, corpus), corpus, config, half)
         assert len(trainer.cast) == 8 * config.n_layer, trainer.cast
         trainer.cast = trainer.cast if ours else []
-        trainer.reset(make_model(config, corpus).state_dict())
         ends.append((take(trainer, 3), trainer.model.state_dict()))
     assert ends[0][0] == ends[1][0], ends
     assert not differences(ends[0][1], ends[1][1])
