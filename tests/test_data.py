@@ -292,7 +292,7 @@ def test_unknown_names_are_refused(small_play):
 
 STAND_INS = {"wikitext2": "stand_in_gpt2", "wikitext2_words": "stand_in_words"}
 STAND_INS |= {"shakespeare_char": "stand_in_char"}
-BY_WORDS, SPLITS = ["wikitext2", "wikitext2_words"], ["train", "val", "test"]
+BY_WORDS = ["wikitext2", "wikitext2_words"]
 
 
 @pytest.mark.parametrize("name, folder", STAND_INS.items())
@@ -335,11 +335,9 @@ def test_the_stand_ins_of_one_text_are_the_same_with_its_rare_words_unknown_to_b
 
 def test_two_sets_of_one_text_are_both_real_or_both_stand_ins(tmp_path, monkeypatch):
     """Here the raw text can be had, but not what its set in BPE needs too."""
-    sources = {split: Source(f"{split}.txt", sha256(CONTENT), len(CONTENT), ()) for split in SPLITS}
-    monkeypatch.setattr(preparing, "WIKITEXT2", sources)
+    put(tmp_path / "raw", source_of(CONTENT).path, CONTENT)
+    monkeypatch.setattr(preparing, "WIKITEXT2", dict.fromkeys(WIKITEXT2, source_of(CONTENT)))
     monkeypatch.setattr(preparing, "TOKENS", {})
-    for source in sources.values():
-        put(tmp_path / "raw", source.path, CONTENT)
     for names in (BY_WORDS, BY_WORDS[::-1]):
         assert all(s.stand_in for s in prepare_alike(names, allow_stand_in=True, root=tmp_path))
         with refused("gpt2/vocab.bpe cannot be had", error=Unavailable):
@@ -496,8 +494,7 @@ def test_full_disk_at_the_very_end_leaves_the_old_set(own, tmp_path, monkeypatch
     assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
 
 
-BAD = {"wrong byte": b"\xff" + CONTENT, "half a letter": b"\xc3"}
-BAD |= {"UTF-16 without a mark": "words".encode("utf-16-le")}
+BAD = {"wrong byte": b"\xff", "half a letter": b"\xc3", "UTF-16": "words".encode("utf-16-le")}
 
 
 @pytest.mark.parametrize("name", ["a.txt", "c.txt"])
@@ -514,8 +511,8 @@ def test_bad_utf8_names_the_file_and_about_where(tmp_path, name, rest):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_set_without_one_of_its_two_splits_is_too_short(tmp_path, split):
     """As of one character that is several tokens."""
+    texts = [(other, "some words") for other in {"train", "val", "test"} - {split}]
     with refused("too short", f"split {split} has 0 tokens"):
-        texts = [(other, "some words") for other in {"train", "val", "test"} - {split}]
         write_set(tmp_path, texts, CharTokenizer(" demorsw"), FACTS)
     assert files_under(tmp_path) == []
 
@@ -528,24 +525,19 @@ def test_link_that_leads_nowhere_is_named(own, tmp_path, source):
         prepare_text(tmp_path / source, "mine", "char", tmp_path)
 
 
-def foreign_folder(kind, root, other):
-    """root/mine, which is no set of this name; gives the folder that must not change."""
-    mine = root / "mine"
-    if kind == "linked":
-        mine.symlink_to(other)
-    elif kind == "copied":
-        shutil.copytree(other, mine)
-    elif kind == "nanoGPT's":
-        put(mine, "train.bin", "tokens")
-    return put(mine, "a.txt", play()).parent if kind == "the text's" else mine
+FOREIGN = {"linked": lambda mine, other: mine.symlink_to(other)}
+FOREIGN |= {"copied": lambda mine, other: shutil.copytree(other, mine)}
+FOREIGN |= {"nanoGPT's": lambda mine, other: put(mine, "train.bin", "tokens")}
+FOREIGN |= {"the text's": lambda mine, other: put(mine, "a.txt", play())}
 
 
-@pytest.mark.parametrize("kind", ["linked", "copied", "nanoGPT's", "the text's"])
+@pytest.mark.parametrize("kind", FOREIGN)
 def test_own_text_is_never_written_over_something_else(own, tmp_path, kind):
-    mine = foreign_folder(kind, tmp_path, own(play(50), name="other").folder)
+    mine, other = tmp_path / "mine", own(play(50), name="other").folder
+    FOREIGN[kind](mine, other)
     before = {path: path.read_bytes() for path in mine.iterdir()}
-    source = mine if kind == "the text's" else put(tmp_path, "texts/one.txt", play())
-    with refused(f"{tmp_path / 'mine'} holds", "choose another name"):
+    source = mine if kind == "the text's" else tmp_path / "texts"
+    with refused(f"{mine} holds", "choose another name"):
         prepare_text(source, "mine", "char", tmp_path)
     assert {path: path.read_bytes() for path in mine.iterdir()} == before
 
