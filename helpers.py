@@ -362,8 +362,8 @@ def squared_gradients(model, data, precision, n_tokens):
 def dynamic_evaluation(model, data, split, lr, squares, precision, n_tokens=None):
     """Losses (N,) of a split, or its first `n_tokens`, by a copy of the model that learns on it.
 
-    Dynamic evaluation (Krause et al. 2018): a stretch of tokens is evaluated, then learnt from in
-    one step of Adam without first moments, whose second ones begin as `squared_gradients`.
+    Dynamic evaluation (Krause et al. 2018): a stretch of tokens is evaluated, then, unless `lr` is
+    0, learnt from by Adam without first moments; the second ones begin as `squared_gradients`.
     """
     model = copy.deepcopy(model).to(precision.device).eval()
     options = {"betas": (0.0, 0.9999), "fused": True, "capturable": precision.device.type == "cuda"}
@@ -377,7 +377,7 @@ def dynamic_evaluation(model, data, split, lr, squares, precision, n_tokens=None
         loss.backward()
         optimizer.step()
 
-    stretches = _read(model, data, split, n_tokens, precision, learn)
+    stretches = _read(model, data, split, n_tokens, precision, learn if lr else lambda loss: None)
     return stretches.flatten()[: len(data.splits[split][:n_tokens])]
 
 

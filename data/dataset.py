@@ -86,10 +86,8 @@ class CharTokenizer(Tokenizer):
         """Ids of the characters; ValueError names those that the alphabet lacks."""
         if unknown := sorted(set(text).difference(self.chars)):
             named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-            raise ValueError(
-                f"The text holds {named}, which this data set's alphabet of {len(self.chars)} "
-                f"characters lacks: write it with these only: {self.chars[:100]!r}."
-            )
+            text = f"The text holds {named}, which this data set's alphabet of {len(self.chars)}"
+            raise ValueError(f"{text} characters lacks: write it with these: {self.chars[:100]!r}.")
         return self.table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
 
     def decode(self, ids):
@@ -105,9 +103,7 @@ class WordTokenizer(Tokenizer):
         self.words, self.vocab_size, self.vocabulary = words, len(words), {"words": words}
         self.ids = {word: i for i, word in enumerate(words)}
         if len(self.ids) != len(words) or not {UNK, EOS} <= self.ids.keys():
-            raise ValueError(
-                f"A WordTokenizer needs words that differ, {UNK} and {EOS} among them."
-            )
+            raise ValueError(f"A WordTokenizer needs different words, with {UNK} and {EOS}.")
 
     @staticmethod
     def split(text):
@@ -169,7 +165,7 @@ class Dataset:
 def load(folder):
     """Open a prepared folder; DataError says which file is missing or damaged, and what to do."""
     folder = Path(folder)
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     entries = meta["splits"].items()
     return Dataset(
         **{field: meta[field] for field in ("name", "title", "stand_in", "vocab_size")},
@@ -183,13 +179,14 @@ def load(folder):
     )
 
 
-def meta_sum(meta):
-    """The SHA-256 of all other fields of meta.json, which says whether they are as written."""
-    content = {field: value for field, value in meta.items() if field != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def sealed(meta):
+    """meta.json's content: with its format, and a SHA-256 that says whether it is as written."""
+    content = {"format": FORMAT} | {key: value for key, value in meta.items() if key != "sha256"}
+    sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content | {"sha256": sha256}
 
 
-def _read_meta(folder):
+def read_meta(folder):
     """meta.json of a prepared folder, as it was written."""
     path = folder / "meta.json"
     try:
@@ -200,7 +197,7 @@ def _read_meta(folder):
         raise damaged(path, f"is not readable JSON ({reason(error)})", error) from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise damaged(path, f"is not of format {FORMAT}")
-    if meta.get("sha256") != meta_sum(meta):
+    if meta != sealed(meta):
         raise damaged(path, "is not as it was written")
     return meta
 

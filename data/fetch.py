@@ -59,8 +59,7 @@ d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0 1256449 wikitex
 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed 1115394 tinyshakespeare/input.txt
 1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5 456318 gpt2/vocab.bpe
 196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783 1042301 gpt2/encoder.json"""
-# Their public folders: two hosts for a text, and the one that tiktoken asks for GPT-2's files. The
-# sums make the choice of commit harmless.
+# Their public folders; that of GPT-2's files is the one that tiktoken asks
 GITHUB, JSDELIVR = "https://raw.githubusercontent.com", "https://cdn.jsdelivr.net/gh"
 EXAMPLES, WIKITEXT = "pytorch/examples", "word_language_model/data/wikitext-2"
 PUBLIC = {
@@ -153,9 +152,7 @@ def atomic_write(target: Path):
             os.fsync(out.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        text = (
-            f"{target} cannot be written ({reason(error)}): make room or make its folder writable"
-        )
+        text = f"{target} cannot be written ({reason(error)}): make room or its folder writable"
         raise DataError(f"{text}, then try again; what was there before is unharmed.") from error
     finally:
         with suppress(OSError):
@@ -165,7 +162,6 @@ def atomic_write(target: Path):
 def save(chunks, target: Path, source: Source, address: str) -> None:
     """Write chunks to `target` if they are the source's bytes; WrongBytes, and no file, if not."""
     digest, size = hashlib.sha256(), 0
-    # disable=None: a bar in a terminal, silence in logs and in notebooks that are kept
     bar = tqdm(desc=source.path, total=source.size, unit="B", unit_scale=True, disable=None)
     with atomic_write(target) as out, bar:
         for chunk in chunks:

@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script, sys.path starts at this folder, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.dataset import FORMAT, UNK, CharTokenizer, GPT2Tokenizer, WordTokenizer, load, meta_sum
+from data.dataset import UNK, CharTokenizer, GPT2Tokenizer, WordTokenizer, load, read_meta, sealed
 from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Unavailable, atomic_write, fetch, reason
 
 ROOT = Path(__file__).resolve().parent
@@ -65,7 +65,15 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
             raise DataError(f"{folder} is damaged and cannot be made again: {error}") from error
         if not allow_stand_in:
             raise
-    return _open_or_make(root / STAND_INS[name], *_stand_in(name, root))
+    return _stand_in(name, root)
+
+
+def prepare_alike(names, *, allow_stand_in=False, root=ROOT):
+    """The Datasets of these names: all real, or all the stand-in, so that they are of one text."""
+    found = [prepare(name, allow_stand_in=allow_stand_in, root=root) for name in names]
+    if len({data.stand_in for data in found}) == 1:
+        return found
+    return [_stand_in(name, Path(root)) for name in names]
 
 
 def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
@@ -81,6 +89,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     root = Path(root)
     folder = root / _set_name(source, name, tokenizer)
     files = _find_files(source)
+    _check_folder(folder, files)
     digest, chars, length = _survey(files)
     texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
@@ -91,14 +100,26 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     return _open_or_make(folder, texts, made, facts)
 
 
+def _check_folder(folder, files):
+    """DataError if an own text's folder holds the text itself, or what is no set of its name."""
+    holds_text = any(folder.resolve() in file.resolve().parents for file in files)
+    foreign = os.path.exists(folder / "train.bin") and not os.path.exists(folder / ".lock")
+    with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
+        foreign = read_meta(folder)["name"] != folder.name
+    if holds_text or foreign:
+        text = f"{folder} holds files that are not the set {folder.name}'s"
+        raise DataError(f"{text}: choose another name for the set of your text.")
+
+
 def _open_or_make(folder, texts, tokenizer, facts):
     """The set in `folder` if it is the same; else it is made, by one process at a time."""
-    if data := _same(folder, tokenizer, facts):
+    wanted = {"source_sha256": facts["source_sha256"], "tokenizer": tokenizer.name}
+    if data := _intact(folder, wanted):
         return data
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            if not _same(folder, tokenizer, facts):  # another process may have made it meanwhile
+            if not _intact(folder, wanted):  # another process may have made it meanwhile
                 write_set(folder, texts, tokenizer, facts)
             return load(folder)  # before another process replaces it by another text
     except OSError as error:
@@ -106,21 +127,11 @@ def _open_or_make(folder, texts, tokenizer, facts):
         raise DataError(text) from error
 
 
-def _same(folder, tokenizer, facts):
-    """The set in `folder` if it is intact, by this tokenizer and of the same source."""
-    data = _intact(folder)
-    if data and data.meta["variant"] != facts["variant"]:
-        raise DataError(f"{folder} holds another kind of set: choose another name.")
-    wanted = facts["source_sha256"], tokenizer.name
-    return data if data and (data.meta["source_sha256"], data.tokenizer.name) == wanted else None
-
-
-def _intact(folder):
-    try:
+def _intact(folder, wanted=()):
+    """The set in `folder` if it is whole, of that name and has the `wanted` facts; else None."""
+    with contextlib.suppress(DataError):
         data = load(folder)
-    except DataError:
-        return None
-    return data if data.name == folder.name else None
+        return data if data.meta == data.meta | dict(wanted, name=folder.name) else None
 
 
 # ----- the sets: texts by split, a tokenizer, and the facts for meta.json -----
@@ -157,8 +168,14 @@ def _stand_in(name, root):
     ends = {"train": 80, "val": 90, "test": 100}  # percent of the text
     if name == "shakespeare_char":
         ends = {"train": 90, "val": 100}
-    texts = _divide(text, ends)
-    tokenizer = _vocabulary(texts["train"]) if name == "wikitext2_words" else _alphabet(text)
+    cuts = [text.index("\n", len(text) * end // 100 - 1) + 1 for end in ends.values()]
+    texts, tokenizer = [text[a:b] for a, b in pairwise([0, *cuts])], _alphabet(text)
+    if name != "shakespeare_char":  # rare words become UNK in the text, as in WikiText-2 itself
+        known = _vocabulary(texts[0]).ids
+        rare = re.compile(r"\S+")
+        texts = [rare.sub(lambda m: m[0] if m[0] in known else UNK, part) for part in texts]
+    if name == "wikitext2_words":
+        tokenizer = _vocabulary(texts[0])
     if name == "wikitext2":
         with contextlib.suppress(Unavailable):  # without its files, by character as well
             gpt2 = GPT2Tokenizer(root)
@@ -166,11 +183,11 @@ def _stand_in(name, root):
             tokenizer = gpt2
     title = f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}"
     facts = {"title": title, "variant": "stand-in", "stand_in": True}
-    facts["licence"] = "Python Software Foundation License"
-    facts["source"] = "pydoc_data.topics of this Python"
-    facts["source_sha256"] = {"text": hashlib.sha256(text.encode()).hexdigest()}
+    facts |= {"licence": "Python Software Foundation License", "source": "pydoc_data.topics"}
+    facts["source_sha256"] = {"text": hashlib.sha256("".join(texts).encode()).hexdigest()}
     facts["split_rule"] = f"contiguous, to the line end after these % of the characters: {ends}"
-    return texts.items(), tokenizer, facts
+    texts = zip(ends, texts, strict=True)
+    return _open_or_make(root / STAND_INS[name], texts, tokenizer, facts)
 
 
 # ----- texts -----
@@ -182,10 +199,7 @@ def _alphabet(text):
 
 
 def _vocabulary(text):
-    """A training text's words that occur three times or more, as in WikiText, and UNK.
-
-    The most frequent come first, and equally frequent ones in the text's order.
-    """
+    """UNK and a text's words that occur three times or more: by frequency, then in its order."""
     counts = Counter(WordTokenizer.split(text))
     words = [word for word, count in counts.most_common() if count >= 3]
     return WordTokenizer(words if UNK in words else [*words, UNK])
@@ -194,8 +208,7 @@ def _vocabulary(text):
 def _split_at(cut, reach, texts):
     """Yield ("train", text) for the first `cut` characters, then ("val", text).
 
-    Where a blank line or else a line ends in the next `reach` characters of the same piece, the
-    cut is there.
+    A blank line's or else a line's end in the piece's next `reach` characters moves the cut there.
     """
     for text in texts:
         if 0 < cut < len(text):
@@ -207,15 +220,6 @@ def _split_at(cut, reach, texts):
         if cut < len(text):
             yield "val", text[max(cut, 0) :]
         cut -= len(text)
-
-
-def _divide(text, ends):
-    """Contiguous parts by split; each ends with the line at its percentage of the text."""
-    parts, start = {}, 0
-    for split, percent in ends.items():
-        end = text.index("\n", len(text) * percent // 100 - 1) + 1
-        parts[split], start = text[start:end], end
-    return parts
 
 
 # ----- your own text -----
@@ -244,11 +248,15 @@ def _find_files(source):
     path = Path(source)
     with _readable(source):
         if str(source) and path.is_dir():  # Path("") is the current folder
-            found = _walk(path, set())
+            found = list(_walk(path, set()))
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
-        files = sorted((file for file in found if file.is_file()), key=Path.as_posix)
-        sizes = {file: file.stat().st_size for file in files}
+    sizes = {}
+    for file in sorted(found, key=Path.as_posix):
+        with _readable(file):
+            size = file.stat().st_size  # fails for a link that leads nowhere
+            if file.is_file():
+                sizes[file] = size
     if not sizes:
         raise DataError(f"{str(source)!r} matches no file: give a file, a folder or a pattern.")
     if not any(sizes.values()):
@@ -281,9 +289,12 @@ def _parts(path):
     with _readable(path), open(path, encoding="utf-8", newline="") as file:
         try:
             while part := file.read(PIECE):
+                if "\0" in part:
+                    raise UnicodeError("a zero byte, as in UTF-16,")
                 yield part
-        except UnicodeDecodeError as error:
-            text = f"{path} is not UTF-8 text ({error.reason} before byte {file.buffer.tell():,})"
+        except UnicodeError as error:
+            what = getattr(error, "reason", error)
+            text = f"{path} is not UTF-8 text ({what} before byte {file.buffer.tell():,})"
             raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
 
 
@@ -331,7 +342,7 @@ def write_set(folder, texts, tokenizer, facts):
     """
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed; the lock is ours
         leftover.unlink(missing_ok=True)
-    entries = {}
+    entries = dict.fromkeys(["train", "val"], {"tokens": 0, "words": 0, "lines": 0})  # at least
     with contextlib.ExitStack() as stack:
         outs = [stack.enter_context(atomic_write(folder / "meta.json"))]  # gets its name last
         for split, group in groupby(texts, key=lambda pair: pair[0]):
@@ -339,10 +350,10 @@ def write_set(folder, texts, tokenizer, facts):
             entry = _write_split(outs[-1], (text for _, text in group), tokenizer)
             entries[split] = {"file": f"{split}.bin"} | entry
         _check_sizes(folder.name, entries)
-        meta = {"format": FORMAT, "name": folder.name, "stand_in": False, **facts}
+        meta = {"name": folder.name, "stand_in": False, **facts}
         meta |= {"dtype": "uint16", "tokenizer": tokenizer.name, "splits": entries}
         meta |= {"vocab_size": tokenizer.vocab_size, **tokenizer.vocabulary}
-        outs[0].write(json.dumps(meta | {"sha256": meta_sum(meta)}, indent=1).encode())
+        outs[0].write(json.dumps(sealed(meta), indent=1).encode())
         for out in outs:  # a full disk is known before the first file gets its name
             out.flush()
 
@@ -360,11 +371,7 @@ def _check_sizes(name, entries):
 
 
 def _write_split(out, texts, tokenizer):
-    """Encode and write one split; return its entry in meta.json.
-
-    Words are counted as in the published WikiText-2 figures: every line, blank ones too, ends
-    with one end-of-line that counts.
-    """
+    """Encode and write one split; return its entry in meta.json. Each line's end is a word too."""
     digest, tokens, size, words, line_ends, before = hashlib.sha256(), 0, 0, 0, 0, "\n"
     for text, ids in _encoded(texts, tokenizer):
         out.write(ids)
@@ -426,10 +433,8 @@ def main(arguments=None):
         for name in names:
             data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
             for split, tokens in data.splits.items():
-                counts = (
-                    f"{len(tokens):,} tokens ({data.tokenizer.name}), {data.bytes[split]:,} bytes"
-                )
-                counts += f", {data.words[split]:,} words"
+                counts = f"{len(tokens):,} tokens ({data.tokenizer.name}), "
+                counts += f"{data.bytes[split]:,} bytes, {data.words[split]:,} words"
                 print(f"{data.title}, {split}: {counts}, from {data.meta['source']}")
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

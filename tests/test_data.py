@@ -37,12 +37,14 @@ from data import fetch as fetching
 from data import prepare as preparing
 from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer, load
 from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Source, Unavailable, WrongBytes, fetch
-from data.prepare import NAMES, main, openings, prepare, prepare_text, write_set
+from data.prepare import NAMES, main, openings, prepare, prepare_alike, prepare_text, write_set
 
 MIRROR = os.environ.get("DATA_MIRROR")
 CODE = Path(preparing.__file__).parent
 CONTENT = b"To be, or not to be:\n\nthat is the question.\n" * 40
 SET = ["meta.json", "train.bin", "val.bin"]
+FACTS = {"title": "A set", "variant": "own", "source": "here", "source_sha256": {}}
+FACTS |= {"licence": "none", "split_rule": "none"}
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +292,7 @@ def test_unknown_names_are_refused(small_play):
 
 STAND_INS = {"wikitext2": "stand_in_gpt2", "wikitext2_words": "stand_in_words"}
 STAND_INS |= {"shakespeare_char": "stand_in_char"}
+BY_WORDS = ["wikitext2", "wikitext2_words"]
 
 
 @pytest.mark.parametrize("name, folder", STAND_INS.items())
@@ -302,9 +305,9 @@ def test_stand_in_never_bears_the_real_name(tmp_path, name, folder):
     assert files_under(tmp_path) == []
     data = prepare(name, allow_stand_in=True, root=tmp_path)
     assert data.stand_in and data.folder == tmp_path / folder
-    assert data.unit == "word" or topics["lambda"] in text_of(data)
+    assert name != "shakespeare_char" or topics["lambda"] in text_of(data)
     found = {split: 100 * n / sum(data.bytes.values()) for split, n in data.bytes.items()}
-    assert found == pytest.approx(percent, abs=0.1) and data.final_split == list(percent)[-1]
+    assert found == pytest.approx(percent, abs=1) and data.final_split == list(percent)[-1]
     everything = (json.dumps(data.meta) + folder).lower()
     assert f"stand-in: python manual (pydoc topics), by {data.unit}" in everything
     assert "wikitext" not in everything and "shakespeare" not in everything
@@ -319,7 +322,27 @@ def test_stand_in_is_in_bpe_once_its_files_are_there(tmp_path, real):
     shutil.copytree(cache, tmp_path / "gpt2_cache", dirs_exist_ok=True)
     data = prepare("wikitext2", allow_stand_in=True, root=tmp_path)
     assert data.tokenizer.name == "gpt2" and "by token" in data.title
-    assert topics["lambda"] in text_of(data)
+
+
+def test_the_stand_ins_of_one_text_are_the_same_with_its_rare_words_unknown_to_both(tmp_path):
+    """So that the perplexities per word of their models compare."""
+    data, by_word = prepare_alike(BY_WORDS, allow_stand_in=True, root=tmp_path)
+    assert data.bytes == by_word.bytes and data.words == by_word.words
+    for split in data.splits:
+        read = [by_word.tokenizer.words[i] for i in by_word.splits[split]]
+        assert WordTokenizer.split(text_of(data, split)) == read and read.count("<unk>") > 1000
+
+
+def test_two_sets_of_one_text_are_both_real_or_both_stand_ins(tmp_path, monkeypatch):
+    """Here the raw text can be had, but not what its set in BPE needs too."""
+    put(tmp_path / "raw", source_of(CONTENT).path, CONTENT)
+    monkeypatch.setattr(preparing, "WIKITEXT2", dict.fromkeys(WIKITEXT2, source_of(CONTENT)))
+    monkeypatch.setattr(preparing, "TOKENS", {})
+    for names in (BY_WORDS, BY_WORDS[::-1]):
+        assert all(s.stand_in for s in prepare_alike(names, allow_stand_in=True, root=tmp_path))
+        with refused("gpt2/vocab.bpe cannot be had", error=Unavailable):
+            prepare_alike(names, root=tmp_path)
+    assert not prepare("wikitext2_words", allow_stand_in=True, root=tmp_path).stand_in
 
 
 def test_wikitext2_is_exact(real):
@@ -464,15 +487,18 @@ def test_full_disk_at_the_very_end_leaves_the_old_set(own, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     own(play())
-    monkeypatch.setattr(preparing, "meta_sum", full)
+    monkeypatch.setattr(preparing, "sealed", full)
     with refused("No space left"):
         own(play(4000))
     monkeypatch.undo()
     assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
 
 
+BAD = {"wrong byte": b"\xff", "half a letter": b"\xc3", "UTF-16": "words".encode("utf-16-le")}
+
+
 @pytest.mark.parametrize("name", ["a.txt", "c.txt"])
-@pytest.mark.parametrize("rest", [b"\xff" + CONTENT, b"\xc3"], ids=["wrong byte", "half a letter"])
+@pytest.mark.parametrize("rest", BAD.values(), ids=BAD)
 def test_bad_utf8_names_the_file_and_about_where(tmp_path, name, rest):
     good = play(5000).encode()
     texts = put(tmp_path, "texts/b.txt", play()).parent
@@ -480,6 +506,40 @@ def test_bad_utf8_names_the_file_and_about_where(tmp_path, name, rest):
         prepare_text(texts, "mine", "char", tmp_path)
     place = int(re.search(r"byte ([\d,]+)", str(caught.value))[1].replace(",", ""))
     assert len(good) <= place <= len(good + rest)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_set_without_one_of_its_two_splits_is_too_short(tmp_path, split):
+    """As of one character that is several tokens."""
+    texts = [(other, "some words") for other in {"train", "val", "test"} - {split}]
+    with refused("too short", f"split {split} has 0 tokens"):
+        write_set(tmp_path, texts, CharTokenizer(" demorsw"), FACTS)
+    assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("source", ["texts", "texts/*", "texts/**"])
+def test_link_that_leads_nowhere_is_named(own, tmp_path, source):
+    own(play())
+    (tmp_path / "texts/lost.txt").symlink_to(tmp_path / "nothing")
+    with refused(tmp_path / "texts/lost.txt", "cannot be read (No such file"):
+        prepare_text(tmp_path / source, "mine", "char", tmp_path)
+
+
+FOREIGN = {"linked": lambda mine, other: mine.symlink_to(other)}
+FOREIGN |= {"copied": lambda mine, other: shutil.copytree(other, mine)}
+FOREIGN |= {"nanoGPT's": lambda mine, other: put(mine, "train.bin", "tokens")}
+FOREIGN |= {"the text's": lambda mine, other: put(mine, "a.txt", play())}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_own_text_is_never_written_over_something_else(own, tmp_path, kind):
+    mine, other = tmp_path / "mine", own(play(50), name="other").folder
+    FOREIGN[kind](mine, other)
+    before = {path: path.read_bytes() for path in mine.iterdir()}
+    source = mine if kind == "the text's" else tmp_path / "texts"
+    with refused(f"{mine} holds", "choose another name"):
+        prepare_text(source, "mine", "char", tmp_path)
+    assert {path: path.read_bytes() for path in mine.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["shakespeare", "raw", "all", "../up", "", "a/b", "x" * 70])
@@ -620,8 +680,6 @@ def test_memory_does_not_grow_with_the_text_or_the_cores(tmp_path):
 # what GPT-2's pattern cuts at: letters, digits, marks, contractions, blanks of many kinds
 LETTERS = "aé語1' \n\n\t\r\x0b\x1c\x85\xa0\u2028\u3000.'s"
 WORDS = [" the", "don't", " Wikipedia", "\n\n", " 1984", "<|endoftext|>", ".\x1c"]
-FACTS = {"title": "A set", "variant": "own", "source": "here", "source_sha256": {}}
-FACTS |= {"licence": "none", "split_rule": "none"}
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from helpers import choose_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 MIRROR = os.environ.get("DATA_MIRROR")
@@ -151,6 +159,86 @@ def test_your_own_text_takes_one_line(copy, monkeypatch):
     assert "Quantum" not in shown(notebook, "samples")
     assert "AWD-LSTM" not in shown(notebook, "literature"), "compared with what it cannot be"
     assert (copy / "out-my_notes-test" / "ckpt.pt").exists()
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """Runs cells of these ids, given the other names that they need; returns all names."""
+
+    def run(*ids, **given):
+        plt.close("all")
+        sources = {cell.id: cell.source for cell in nbformat.read(REPORT, as_version=4).cells}
+        for cell_id in ("libraries", "imports", "look", "panels", *ids):
+            exec(sources[cell_id], given)
+        return given
+
+    monkeypatch.chdir(ROOT)
+    return run
+
+
+def test_learning_at_rate_0_saves_nothing(cells, corpus, lively):
+    """The nats saved by dynamic evaluation are those of learning, not of how the text is read."""
+    model = lively(corpus.vocab_size, block_size=16, scale=0.2)
+    given = {"improved": [[SimpleNamespace(load=lambda *_: model)] * 2], "better_sets": [corpus]}
+    given |= {"names": ["tiny"], "excerpt": None, "precision": choose_precision("cpu")}
+    ids = "losses", "figures", "dynamic-losses", "improved-losses", "label", "dynamic-curve"
+    rates = (lambda *_: 0), (lambda *_: 0.003)
+    none, some = (cells(*ids, **given, choose_rate=rate)["rows"][0] for rate in rates)
+    assert not none["nats saved"].any() and some["nats saved"].max() > 10
+
+
+def test_figures_name_the_unit_the_split_and_words_that_never_occur(cells, corpus):
+    train, ids = np.asarray(corpus.splits["train"]), corpus.splits["test"].astype(int)
+    own = replace(corpus, splits={"train": np.where(train == ids[3], ids[4], train)})
+    given = {"word_losses": {"baseline": np.ones(len(ids))}, "ids": ids}
+    given |= {"spelling": dict.fromkeys(ids, "x"), "gains": [np.ones(len(ids) // 2)]}
+    assert cells("frequency", words=corpus, **given)["often"].categories[0] != "never"
+    axes = cells("frequency", "pointer-frequency", words=own, **given)["axes"]
+    assert axes.get_ylabel() == "gain (nats per character)"
+    assert axes.get_xticklabels()[0].get_text() == "never"
+    axes = cells("shade", "shaded", words=own, **given)["axes"]
+    assert axes.get_title("left") == "baseline: 1.00 nats per character"
+    given = {"ranked": pd.DataFrame({"model": ["here"], "x": [3.0]})}
+    given |= {"bars": {"x": "x", "hue": "model"}}
+    given |= {"names": ["My text"], "last_split": {"My text": "val"}, "overview": Mock()}
+    axes = cells("draw-overview", **given)["axes"]
+    assert axes.get_xlabel() == "My text, perplexity per word, val split"
+
+
+def test_rows_of_this_run_use_the_pointer_if_their_configuration_has_one(cells):
+    results = pd.DataFrame({"model": ["baseline", "improved"], "word perplexity": [60, 50]})
+    results = results.assign(split="test", tokens=9, **{"data set": "a"})
+    runs = [SimpleNamespace(config=SimpleNamespace(pointer=pointer)) for pointer in (True, False)]
+    given = {"on_whole": results, "results": results, "names": ["a", "b"]}
+    given |= {"every": [("a", "baseline", runs[0]), ("a", "improved", runs[1])]}
+    given |= {"text": SimpleNamespace(meta={"variant": "own"})}
+    used = cells("published", "literature", **given)["literature"]["at test time"]
+    assert used.tolist() == ["pointer in its window", "nothing"]
+
+
+def test_a_shared_run_begins_after_the_prompt_s_words(cells):
+    """Whose spelling may be another: a word that is unknown is shorter, or a last one goes on."""
+    share = cells("longest-run")["longest_shared_run"]
+    assert share("The <unk> sat on a mat", "The encyclopaedist", " he sat on a mat ") == 4
+    assert share("We saw <unk> articles to-day", "We saw it art", " saw <unk> articles to ") == 0
+
+
+def test_learning_is_fastest_where_the_intervals_say(cells):
+    """Also where the rate rises past half its peak after the first sixth: a long warm-up."""
+    rates = [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 0.8, 0.4, 0.1]
+    rows = pd.DataFrame({"step": range(0, 1100, 100), "learning_rate": rates, "data": "a"})
+    falls = np.where(rows["learning_rate"] > 0.5, 0.3, 0.1)
+    slope = cells("analysis-lr", histories=rows.assign(validation=9 - falls.cumsum()))["slope"]
+    assert slope["a"].to_dict() == pytest.approx({"above half the peak": 3, "below": 1})
+
+
+def test_gradient_norms_have_a_line_for_each_norm_that_clips(cells):
+    runs = [SimpleNamespace(history={"step_grad_norm": [1.0] * 50})] * 3
+    given = {"runs": runs, "names": ["a", "b", "c"]}
+    given["configs"] = [SimpleNamespace(grad_clip=clip) for clip in (0.5, 0.0, 2.0)]
+    lines = cells("analysis-batch", **given)["axes"].lines
+    heights = {line.get_ydata()[0] for line in lines if line.get_color() == "grey"}
+    assert heights == {0.5, 2.0}
 
 
 def test_line_under_the_cell_says_what_a_stop_means(copy):
