@@ -571,9 +571,9 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scales):
         (states, padded, gradient), (dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
         x_gradient = (gradient @ padded) * scales[:, None]
-        scaled, gradient = (states * scales[:, None]).to(states.dtype), gradient[:, : ctx.columns]
-        weight_gradient = torch.mm(gradient.t(), scaled, out_dtype=weight_dtype)
-        return x_gradient.to(dtype), weight_gradient, None
+        scaled = (states * scales[:, None]).to(states.dtype)
+        weight_gradient = (gradient.t() @ scaled)[: ctx.columns]
+        return x_gradient.to(dtype), weight_gradient.to(weight_dtype), None
 
 
 @functools.cache
