@@ -465,6 +465,22 @@ def load_checkpoint(path, identity=None):
     return checkpoint
 
 
+def stamp(path):
+    """What changes with a file; None where there is none, () where that cannot be found out."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:  # a disk's error that may pass, where Path.exists can be False
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def vocabulary(data):
+    """What a checkpoint holds of the vocabulary; GPT-2's goes without saying."""
+    return {kind: data.tokenizer.vocabulary.get(kind) for kind in ("chars", "words")}
+
+
 def _differing(there, here):
     names = (name for name in here | there if there.get(name) != here.get(name))
     return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
@@ -473,7 +489,7 @@ def _differing(there, here):
 def load_model(path, device="cpu", data=None, identity=None):
     """The model of a checkpoint of this project or nanoGPT, in eval mode. Raises CheckpointError.
 
-    With `data` it must be of the same vocabulary; one that nanoGPT padded is cropped to it.
+    With `data` it must be of the same vocabulary; GPT-2's, which nanoGPT pads, is cropped to it.
     """
     checkpoint = load_checkpoint(path, identity)
     try:
@@ -484,7 +500,7 @@ def load_model(path, device="cpu", data=None, identity=None):
         head, size = weights["lm_head.weight"], data and data.vocab_size
         if not torch.equal(head, weights["transformer.wte.weight"]):
             raise ValueError("its output layer is not its token embedding")
-        if data and "chars" not in checkpoint and config.vocab_size == size + -size % 64:
+        if data and data.tokenizer.name == "gpt2" and len(head) == size + -size % 64:
             config = replace(config, vocab_size=size)
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
@@ -494,21 +510,24 @@ def load_model(path, device="cpu", data=None, identity=None):
             raise
         text = f"{path} does not fit its own description ({' '.join(str(error).split())[:200]})"
         raise CheckpointError(f"{text}: {FRESH if identity else 'choose another file'}.") from None
-    chars = data and getattr(data.tokenizer, "chars", None)
-    if data and (config.vocab_size, checkpoint.get("chars", chars)) != (size, chars):
-        text = f"{path} has another vocabulary ({config.vocab_size} ids) than the data ({size})"
+    known = vocabulary(data) if data else {}  # nanoGPT's checkpoints have none of these
+    if data and (config.vocab_size, known | checkpoint) != (size, checkpoint | known):
+        text = f"{path} has another vocabulary ({len(head)} ids) than the data ({size})"
         raise CheckpointError(f"{text}: choose a checkpoint that was trained on such data.")
     return model.to(device).eval()
 
 
 def start_weights(path, config, data):
     """Weights of a checkpoint to start a run from, and 16 digits that identify the file."""
-    model = load_model(path, data=data)
+    before = stamp(path)
+    model, digest = load_model(path, data=data), sha256_of(path)[:16]
+    if stamp(path) != before:
+        raise CheckpointError(f"{path} changed while it was read: start from a copy of it.")
     wanted = config.model_config(data.vocab_size)
     differing = _differing(asdict(replace(model.config, dropout=wanted.dropout)), asdict(wanted))
     if differing:
         raise CheckpointError(f"{path} cannot start this run ({differing}): choose another file.")
-    return model.state_dict(), sha256_of(path)[:16]
+    return model.state_dict(), digest
 
 
 # ----- the training step -----
@@ -597,6 +616,8 @@ class Trainer:
         last, started = self.boundary(first), time.perf_counter()
         if self.loaded != first:
             self.load(first)
+        if rank():  # checkpoints hold the main process's generators, and dropout has to differ
+            torch.manual_seed((self.config.seed + rank()) * 1_000_003 + first)
         for _ in range(first, last):
             self.graphed_step()
         if last < self.config.max_iters:
@@ -640,7 +661,7 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None,
         }
 
-    def load_state_dict(self, state, step):
+    def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.by_name.items():
             optimizer.load_state_dict(state[name])
@@ -653,8 +674,6 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.precision.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.precision.device)
-        if rank():  # the generators are the main process's; dropout must differ
-            torch.manual_seed((self.config.seed + rank()) * 1_000_003 + step)
 
 
 def compile_layers(model, precision, batch_size):
@@ -732,6 +751,11 @@ class Run:
         self.resumed_at, self.interrupted, self.status = 0, None, None
         self.best_state, self.best_is_new = None, False  # the best checkpoint; not yet in ckpt.pt
         self.saved_step, self.saved_at = None, time.monotonic()
+        self.paths = {"last": self.folder / "last.pt", "best": self.folder / "ckpt.pt"}
+        self.seen = stamp(self.paths["last"])  # as this run last read or wrote it
+        self.replaces_from = int(
+            any(map(stamp, self.paths.values()))
+        )  # step; before, ckpt.pt stays
 
     @property
     def step(self):
@@ -794,24 +818,41 @@ class Run:
     def _checkpoint(self, state, trainer):
         facts = {"model_args": asdict(trainer.model.config), "identity": self.identity}
         facts |= {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
-        return state | facts | {"chars": getattr(self.data.tokenizer, "chars", None)}
+        return state | facts | vocabulary(self.data)
 
     def save(self, trainer, every=0.0):
-        """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
-        if rank() or (self.step and time.monotonic() - self.saved_at < every):
+        """Writes both files if the last time is `every` seconds ago, and at once before step 1.
+
+        An earlier run's files are replaced after the first steps, ckpt.pt before last.pt: the old
+        last.pt can make its ckpt.pt anew, and a new one never lies beside an old ckpt.pt.
+        """
+        first = self.saved_step is None
+        if rank() or (
+            self.step < self.replaces_from if first else time.monotonic() - self.saved_at < every
+        ):
             return
+        if first and self.seen:
+            self.save_best()
         if self.step != self.saved_step:
             # the best weights too: whatever comes between, ckpt.pt can be made of last.pt
             state = trainer.state_dict() | {"history": self.history, "best": self.best_state}
             state |= {"seconds": self.seconds, "waited": self.waited}
-            save_checkpoint(self.folder / "last.pt", self._checkpoint(state, trainer))
+            self._write("last", self._checkpoint(state, trainer))
+            self.seen = stamp(self.paths["last"])
             self.saved_step, self.saved_at = self.step, time.monotonic()
         self.save_best()
 
     def save_best(self):
-        if self.best_is_new:
-            save_checkpoint(self.folder / "ckpt.pt", self.best_state)
+        if self.best_is_new and self.step >= self.replaces_from:
+            self._write("best", self.best_state)
             self.best_is_new = False
+
+    def _write(self, which, checkpoint):
+        last = self.paths["last"]
+        if stamp(last) not in (None, self.seen):
+            text = f"{last} has been written by another process meanwhile: wait for its end, or"
+            raise CheckpointError(f"{text} choose another folder for one of the two runs.")
+        save_checkpoint(self.paths[which], checkpoint)
 
     def restore(self, trainer):
         """Resumes from last.pt, if there is one, to the same end as a run never stopped."""
@@ -820,31 +861,30 @@ class Run:
             return
         try:
             self.history = {key: list(saved["history"][key]) for key in self.history}
-            trainer.load_state_dict(saved, self.step)
+            trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.best_state = dict(saved["best"])
-            self.best_is_new = not rank() and kept != self.best["val_loss"]
+            self.best_is_new = not rank() and kept.get("best_val_loss") != self.best["val_loss"]
+            self.replaces_from = kept.get("iter_num", 0)  # after `step`, if a failure left it
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
-            text = f"{self.folder / 'last.pt'} lacks what a run needs to resume: {FRESH}."
+            text = f"{self.paths['last']} lacks what a run needs to resume: {FRESH}."
             raise CheckpointError(text) from None
         self.resumed_at = self.saved_step = self.step
 
     def _saved_state(self):
-        last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
-        with contextlib.suppress(OSError):  # which reading says in one sentence
-            if best.exists() and not last.exists():
+        last, best = self.paths.values()
+        if stamp(last) is None:
+            if stamp(best) is not None:
                 raise CheckpointError(f"{best} lies there without its last.pt: {FRESH}.")
-            if not last.exists():
-                return None, None
+            return None, None
         saved = load_checkpoint(last, self.identity)
-        kept = load_checkpoint(best, self.identity) if best.exists() else {}  # written again
-        return saved, kept.get("best_val_loss")
+        kept = {} if stamp(best) is None else load_checkpoint(best, self.identity)
+        return saved, {name: kept[name] for name in ("best_val_loss", "iter_num") if name in kept}
 
     def load(self, which="best", device="cpu"):
-        path = self.folder / {"best": "ckpt.pt", "last": "last.pt"}[which]
-        return load_model(path, device, self.data, self.identity)
+        return load_model(self.paths[which], device, self.data, self.identity)
 
     def end(self, trainer):
         self.waited_before, self.began, self.best_state = self.waited, None, None
@@ -886,7 +926,7 @@ def train_model(
             run = Run(config, data, out, start_id)
             trainer = Trainer(model.to(precision.device).train(), data, config, precision)
             trainer.model.load_state_dict(weights)
-            torch.manual_seed(config.seed + rank())  # dropout differs from process to process
+            torch.manual_seed(config.seed)
             if not fresh:
                 run.restore(trainer)
             train_loop(run, trainer, view or (lambda run: None), save_every, interrupted)
@@ -919,6 +959,8 @@ def train_loop(run, trainer, view, save_every, interrupted):
         if run.finished or interrupted():
             break
         run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
+        if run.saved_step is None:
+            run.save(trainer)
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
     run.end(trainer)
@@ -963,8 +1005,11 @@ def train_command(options, device):
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
+    if name != options.dataset and not rank():
+        print(f"{options.dataset} cannot be had (see data/README.md); instead: {data.title}")
     folder, view = options.out or out_folder(data.name), None if rank() else print_progress
-    how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
+    how = {"fresh": options.fresh and not again, "start_from": options.start_from, "view": view}
     model, precision = make_model(config, data), choose_precision(device)
     return train_model(model, data, config, folder, precision, **how)
 
