@@ -424,8 +424,8 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint, file)
     except RuntimeError as error:  # a DataError, or torch's way to pass on that a write failed
         text = reason(error.__cause__ or error.__context__ or error).splitlines()[0]
-        text = f"{path} cannot be written ({text}): make room, or choose another folder; what was"
-        raise CheckpointError(f"{text} there before is unharmed.") from None
+        text = f"{path} cannot be written ({text}): make room, or choose another folder."
+        raise CheckpointError(text) from None
 
 
 def verified(path):
@@ -441,16 +441,12 @@ def verified(path):
 
 
 def load_checkpoint(path, identity=None):
-    """A checkpoint's plain values, on the CPU; never unpickles code. Raises CheckpointError.
-
-    With the `identity` of a run, one of another run is refused by what differs.
-    """
+    """A checkpoint's plain values, never code; with an `identity`, those of this run alone."""
     advice = FRESH if identity else "choose another file"
     try:
         checkpoint = torch.load(verified(path), map_location="cpu", weights_only=True)
     except OSError as error:
-        text = f"{path} cannot be read ({reason(error)}): check the path, or train the run first."
-        raise CheckpointError(text) from None
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}): check the path.") from None
     except Exception as error:  # what is no checkpoint fails in many ways
         if out_of_memory(error):
             raise
@@ -466,13 +462,12 @@ def load_checkpoint(path, identity=None):
 
 
 def stamp(path):
-    """What changes with a file; None where there is none, () where that cannot be found out."""
+    """What changes with a file: None where there is none, an error's number where it is hidden."""
     try:
         found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError:  # a disk's error that may pass, where Path.exists can be False
-        return ()
+    except OSError as error:  # for which Path.exists may be False
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        return None if absent else error.errno
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
@@ -510,8 +505,9 @@ def load_model(path, device="cpu", data=None, identity=None):
             raise
         text = f"{path} does not fit its own description ({' '.join(str(error).split())[:200]})"
         raise CheckpointError(f"{text}: {FRESH if identity else 'choose another file'}.") from None
-    known = vocabulary(data) if data else {}  # nanoGPT's checkpoints have none of these
-    if data and (config.vocab_size, known | checkpoint) != (size, checkpoint | known):
+    known = vocabulary(data) if data else {}
+    there = {kind: checkpoint.get(kind, own) for kind, own in known.items()}  # none in nanoGPT's
+    if data and (config.vocab_size, there) != (size, known):
         text = f"{path} has another vocabulary ({len(head)} ids) than the data ({size})"
         raise CheckpointError(f"{text}: choose a checkpoint that was trained on such data.")
     return model.to(device).eval()
@@ -592,9 +588,7 @@ class Trainer:
         self.obstacles = [f"no fused loss: {slow}"] if slow else []
         if config.compile and cuda:
             self.obstacles += compile_layers(model, precision, shape[2])
-        self.module = model
-        if not alone:
-            self.module = DistributedDataParallel(model, device_ids=[device] if cuda else None)
+        self.module = model if alone else DistributedDataParallel(model, [device] if cuda else None)
         self.graphed_step = CUDAGraphed(self.step, cuda and alone, recover=self.forget_step)
 
     def boundary(self, step):
@@ -653,13 +647,10 @@ class Trainer:
 
     def state_dict(self):
         """Everything that the next step depends on, as plain values and tensors."""
-        return {
-            "model": self.model.state_dict(),
-            **{name: o.state_dict() for name, o in self.optimizers.by_name.items()},
-            "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None,
-        }
+        state = {name: o.state_dict() for name, o in self.optimizers.by_name.items()}
+        state |= {"model": self.model.state_dict(), "scaler": self.scaler.state_dict()}
+        cuda_rng = torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None
+        return state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
@@ -724,10 +715,9 @@ class Interrupts:
 
     def __call__(self):
         """Whether any process has received one: all ask at the same steps, and stop together."""
-        if world_size() == 1:
-            return self.received is not None
         number = torch.tensor(self.received or 0)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
         self.received = self.received or number.item() or None
         return number.item() > 0
 
@@ -826,10 +816,8 @@ class Run:
         An earlier run's files are replaced after the first steps, ckpt.pt before last.pt: the old
         last.pt can make its ckpt.pt anew, and a new one never lies beside an old ckpt.pt.
         """
-        first = self.saved_step is None
-        if rank() or (
-            self.step < self.replaces_from if first else time.monotonic() - self.saved_at < every
-        ):
+        first, recent = self.saved_step is None, time.monotonic() - self.saved_at < every
+        if rank() or (self.step < self.replaces_from if first else recent):
             return
         if first and self.seen:
             self.save_best()
@@ -856,7 +844,7 @@ class Run:
 
     def restore(self, trainer):
         """Resumes from last.pt, if there is one, to the same end as a run never stopped."""
-        saved, kept = on_main_process(self._saved_state)
+        saved, kept_loss, kept_step = on_main_process(self._saved_state)
         if saved is None:
             return
         try:
@@ -864,8 +852,8 @@ class Run:
             trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.best_state = dict(saved["best"])
-            self.best_is_new = not rank() and kept.get("best_val_loss") != self.best["val_loss"]
-            self.replaces_from = kept.get("iter_num", 0)  # after `step`, if a failure left it
+            self.best_is_new = not rank() and kept_loss != self.best["val_loss"]
+            self.replaces_from = kept_step  # later than last.pt's, if a failure left it
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
@@ -874,14 +862,15 @@ class Run:
         self.resumed_at = self.saved_step = self.step
 
     def _saved_state(self):
-        last, best = self.paths.values()
-        if stamp(last) is None:
-            if stamp(best) is not None:
-                raise CheckpointError(f"{best} lies there without its last.pt: {FRESH}.")
-            return None, None
-        saved = load_checkpoint(last, self.identity)
-        kept = {} if stamp(best) is None else load_checkpoint(best, self.identity)
-        return saved, {name: kept[name] for name in ("best_val_loss", "iter_num") if name in kept}
+        found = {
+            which: load_checkpoint(path, self.identity)
+            for which, path in self.paths.items()
+            if stamp(path)
+        }
+        kept = found.get("best", {})
+        if kept and "last" not in found:
+            raise CheckpointError(f"{self.paths['best']} lies there without its last.pt: {FRESH}.")
+        return found.get("last"), kept.get("best_val_loss"), kept.get("iter_num", 0)
 
     def load(self, which="best", device="cpu"):
         return load_model(self.paths[which], device, self.data, self.identity)
@@ -892,8 +881,8 @@ class Run:
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
         if not self.finished:
-            text = "interrupted and saved: run this again to resume. In Run All the cells below go"
-            text += " on with this partial run; stop once more to end them"
+            text = "interrupted and saved: run this again to resume; the cells below now go on with"
+            text += " this partial run unless stopped once more"
         notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
@@ -941,10 +930,8 @@ def train_model(
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
-        text = (
-            f"No memory for batch_size {config.batch_size} x block_size {config.block_size}: lower"
-        )
-        raise TrainingError(f"{text} batch_size and raise gradient_accumulation_steps instead.")
+        text = f"No memory for batch_size {config.batch_size} x block_size {config.block_size}"
+        raise TrainingError(f"{text}: lower the first and raise gradient_accumulation_steps.")
     run.interrupted = interrupted.received
     return run
 
@@ -968,9 +955,7 @@ def train_loop(run, trainer, view, save_every, interrupted):
 
 
 # ----- text and the command line -----
-def generate_text(
-    model, data, prompt, precision, new_tokens=150, temperature=0.8, top_k=40, seed=0
-):
+def generate_text(model, data, prompt, precision, new_tokens, temperature=0.8, top_k=40, seed=0):
     """The prompt and its continuation as text; computed with weights of the precision's type."""
     ids = torch.tensor([data.tokenizer.encode(prompt)], dtype=torch.long, device=precision.device)
     generator = torch.Generator(precision.device).manual_seed(seed)
@@ -987,11 +972,10 @@ def out_folder(name, run="test"):
 def print_progress(run):
     """The view of the command line: a line per evaluation, and how the run ended."""
     losses = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
+    text = run.status or f"step {run.step:,} of {run.config.max_iters:,}: {losses}"
     try:
-        if run.status:
-            print(f"{run.status}.", flush=True)
-        elif run.last["iter"] == run.step:
-            print(f"step {run.step:,} of {run.config.max_iters:,}: {losses}", flush=True)
+        if run.status or run.last["iter"] == run.step:
+            print(text, flush=True)
     except OSError:  # from here on nobody reads: a closed terminal or pipe ends no run
         sys.stdout = io.StringIO()
 
