@@ -12,9 +12,7 @@ import gc
 import io
 import math
 import os
-import platform
 import sys
-import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -86,12 +84,10 @@ class TrainConfig:
         return self.batch_size * self.block_size * self.gradient_accumulation_steps
 
 
-RANGES = {  # of the numbers that may be below 1
-    **dict.fromkeys(("learning_rate", "min_lr"), (1e-12, math.inf)),
-    **dict.fromkeys(("weight_decay", "grad_clip", "muon_lr_scale"), (0, math.inf)),
-    **dict.fromkeys(("beta1", "beta2", "dropout"), (0, 1)),
-    **dict.fromkeys(("warmup_iters", "seed"), (0, 2**32)),
-}
+RANGES = dict.fromkeys(("learning_rate", "min_lr"), (1e-12, math.inf))  # else at least 1
+RANGES |= dict.fromkeys(("weight_decay", "grad_clip", "muon_lr_scale"), (0, math.inf))
+RANGES |= dict.fromkeys(("beta1", "beta2", "dropout"), (0, 1))
+RANGES |= dict.fromkeys(("warmup_iters", "seed"), (0, 2**32))
 
 
 @dataclass(frozen=True)
@@ -168,17 +164,16 @@ def choose_precision(device=None):
     if device.type != "cuda":
         return Precision(device, torch.float32, "float32: half precision gains nothing on a CPU")
     capability = torch.cuda.get_device_capability(device)
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
     found = f"compute capability {'.'.join(map(str, capability))}"
-    if capability >= (8, 0):
-        return Precision(device, torch.bfloat16, f"bfloat16 autocast, no gradient scaler ({found})")
-    return Precision(device, torch.float16, f"float16 autocast with a gradient scaler ({found})")
+    return Precision(device, dtype, f"{str(dtype)[6:]} autocast ({found})")
 
 
 def describe_machine(precision):
     """What a run is made on, as plain text values."""
     cuda, threads = precision.device.type == "cuda", torch.get_num_threads()
     device = torch.cuda.get_device_name(precision.device) if cuda else f"CPU, {threads} threads"
-    versions = {"PyTorch": torch.__version__, "Python": platform.python_version()}
+    versions = {"PyTorch": torch.__version__, "Python": sys.version.split()[0]}
     return {"device": device, "precision": precision.reason} | versions
 
 
@@ -226,14 +221,13 @@ def all_reduce_sum(tensor):
 
 def on_main_process(make):
     """What `make()` gives in the main process, in every process; its error is raised in all."""
-    if world_size() == 1:
-        return make()
     box = [None]
     try:
         box[0] = make() if rank() == 0 else None
     except Exception as error:
         box[0] = error
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if world_size() > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
@@ -246,8 +240,7 @@ def shard(starts):
         return starts[:, rank() :: n]
     if batch % n == 0:
         return starts[:, :, rank() :: n]
-    text = f"{n} processes cannot share batch_size {batch} with gradient_accumulation_steps"
-    raise ValueError(f"{text} {micro_steps}: make one of the two a multiple of {n}.")
+    raise ValueError(f"Make batch_size or gradient_accumulation_steps a multiple of {n} processes.")
 
 
 # ----- learning rate -----
@@ -306,11 +299,6 @@ def score_of(losses, data, split):
         raise ValueError(f"Losses of {len(losses)} tokens: give those of the whole {split} split.")
     nats = losses.sum(dtype=torch.float64).item()
     return Score(nats, len(losses), data.bytes[split], data.words[split])
-
-
-def evaluate(model, data, split, stride=None):
-    """The Score of a split by its `token_losses`."""
-    return score_of(token_losses(model, data, split, stride), data, split)
 
 
 def token_losses(model, data, split, stride=None):
@@ -414,6 +402,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used, and what to do about it."""
 
 
+VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
 
@@ -423,9 +412,9 @@ def save_checkpoint(path, checkpoint):
         with atomic_write(Path(path)) as file:
             torch.save(checkpoint, file)
     except RuntimeError as error:  # a DataError, or torch's way to pass on that a write failed
-        text = reason(error.__cause__ or error.__context__ or error).splitlines()[0]
-        text = f"{path} cannot be written ({text}): make room, or choose another folder."
-        raise CheckpointError(text) from None
+        why = reason(error.__cause__ or error.__context__ or error).splitlines()[0]
+        why = f"{path} cannot be written ({why}): make room, or choose another folder."
+        raise CheckpointError(why) from None
 
 
 def verified(path):
@@ -471,21 +460,13 @@ def stamp(path):
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def vocabulary(data):
-    """What a checkpoint holds of the vocabulary; GPT-2's goes without saying."""
-    return {kind: data.tokenizer.vocabulary.get(kind) for kind in ("chars", "words")}
-
-
 def _differing(there, here):
     names = (name for name in here | there if there.get(name) != here.get(name))
     return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
 def load_model(path, device="cpu", data=None, identity=None):
-    """The model of a checkpoint of this project or nanoGPT, in eval mode. Raises CheckpointError.
-
-    With `data` it must be of the same vocabulary; GPT-2's, which nanoGPT pads, is cropped to it.
-    """
+    """The model of this project's or a nanoGPT checkpoint, in eval mode; of `data`'s vocabulary."""
     checkpoint = load_checkpoint(path, identity)
     try:
         config = GPTConfig(**checkpoint["model_args"])
@@ -496,16 +477,14 @@ def load_model(path, device="cpu", data=None, identity=None):
         if not torch.equal(head, weights["transformer.wte.weight"]):
             raise ValueError("its output layer is not its token embedding")
         if data and data.tokenizer.name == "gpt2" and len(head) == size + -size % 64:
-            config = replace(config, vocab_size=size)
+            config = replace(config, vocab_size=size)  # nanoGPT pads it
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if out_of_memory(error):
-            raise
         text = f"{path} does not fit its own description ({' '.join(str(error).split())[:200]})"
         raise CheckpointError(f"{text}: {FRESH if identity else 'choose another file'}.") from None
-    known = vocabulary(data) if data else {}
+    known = VOCABULARY | data.tokenizer.vocabulary if data else {}
     there = {kind: checkpoint.get(kind, own) for kind, own in known.items()}  # none in nanoGPT's
     if data and (config.vocab_size, there) != (size, known):
         text = f"{path} has another vocabulary ({len(head)} ids) than the data ({size})"
@@ -559,10 +538,7 @@ class Optimizers:
 
 
 class Trainer:
-    """A run's state on its device, and the one optimizer step of every device and precision.
-
-    It reads and writes rows of tables and never waits for the host: a CUDA graph can hold it.
-    """
+    """A run's state on its device, and the one step of all precisions, made for a CUDA graph."""
 
     def __init__(self, model, data, config, precision, resident=None):
         self.model, self.config, self.precision = model, config, precision
@@ -596,7 +572,6 @@ class Trainer:
         return min(step + min(self.ahead, to_evaluation), self.config.max_iters)
 
     def load(self, first):
-        """Fills the tables for the steps from `first` on."""
         steps, n_tokens = range(first, self.boundary(first)), len(self.tokens["train"])
         batches = self.config.gradient_accumulation_steps
         starts = [sample_starts(n_tokens, self.config, step, batches) for step in steps]
@@ -642,11 +617,9 @@ class Trainer:
 
     def forget_step(self):
         self.obstacles.append(f"no CUDA graph: {self.graphed_step.reason}")
-        if self.scaler.is_enabled():
-            self.scaler.update(self.scaler.get_scale())
+        self.scaler.update(self.scaler.get_scale())
 
     def state_dict(self):
-        """Everything that the next step depends on, as plain values and tensors."""
         state = {name: o.state_dict() for name, o in self.optimizers.by_name.items()}
         state |= {"model": self.model.state_dict(), "scaler": self.scaler.state_dict()}
         cuda_rng = torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None
@@ -699,7 +672,7 @@ class Interrupts:
         self.received, self.previous = None, {}
         numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
         heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # outside of the main thread
             self.previous = {number: signal.signal(number, self.note) for number in heard}
         return self
 
@@ -725,11 +698,8 @@ class Interrupts:
 class Run:
     """One training run: its history, and its folder with ckpt.pt (the best weights) and last.pt.
 
-    history["evals"] has a row (a dict) per evaluation: iter (steps done), train_loss and val_loss
-    (estimates, nats per token), learning_rate (of the next step), time (seconds of steps since the
-    row before), waited (seconds since the call, compilation and evaluations included), grad_norm
-    (mean since the row before, unclipped), peak_memory (bytes, on CUDA); history["step_loss"] and
-    history["step_grad_norm"] have a value per step. `seconds` are those of all steps.
+    history["evals"] has a row per evaluation: losses in nats per token, the next step's rate, seconds
+    of steps (time) and mean gradient norm since the row before, seconds since the call (waited).
     """
 
     def __init__(self, config, data, folder, start_id=None):
@@ -743,9 +713,7 @@ class Run:
         self.saved_step, self.saved_at = None, time.monotonic()
         self.paths = {"last": self.folder / "last.pt", "best": self.folder / "ckpt.pt"}
         self.seen = stamp(self.paths["last"])  # as this run last read or wrote it
-        self.replaces_from = int(
-            any(map(stamp, self.paths.values()))
-        )  # step; before, ckpt.pt stays
+        self.kept_until = int(any(map(stamp, self.paths.values())))  # that step ckpt.pt stays
 
     @property
     def step(self):
@@ -757,7 +725,6 @@ class Run:
 
     @property
     def best(self):
-        """The evaluation with the lowest validation loss."""
         return min(self.history["evals"], key=lambda row: row["val_loss"])
 
     @property
@@ -773,7 +740,6 @@ class Run:
         return not evaluated and (self.step % self.config.eval_interval == 0 or self.finished)
 
     def evaluate(self, trainer):
-        """Adds a row to the history; keeps the weights if they are the best."""
         losses = {
             f"{split}_loss": estimate_loss(trainer.model, tokens, self.config, trainer.precision)
             for split, tokens in trainer.tokens.items()
@@ -808,38 +774,33 @@ class Run:
     def _checkpoint(self, state, trainer):
         facts = {"model_args": asdict(trainer.model.config), "identity": self.identity}
         facts |= {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
-        return state | facts | vocabulary(self.data)
+        return state | facts | VOCABULARY | self.data.tokenizer.vocabulary
 
     def save(self, trainer, every=0.0):
-        """Writes both files if the last time is `every` seconds ago, and at once before step 1.
-
-        An earlier run's files are replaced after the first steps, ckpt.pt before last.pt: the old
-        last.pt can make its ckpt.pt anew, and a new one never lies beside an old ckpt.pt.
-        """
+        """Writes both files, if the last time is `every` seconds ago or there was none."""
         first, recent = self.saved_step is None, time.monotonic() - self.saved_at < every
-        if rank() or (self.step < self.replaces_from if first else recent):
+        if rank() or (self.step < self.kept_until if first else recent):
             return
-        if first and self.seen:
+        if first and self.seen:  # no ckpt.pt of before may lie beside this run's last.pt
             self.save_best()
         if self.step != self.saved_step:
-            # the best weights too: whatever comes between, ckpt.pt can be made of last.pt
-            state = trainer.state_dict() | {"history": self.history, "best": self.best_state}
+            state = trainer.state_dict() | {"history": self.history}
             state |= {"seconds": self.seconds, "waited": self.waited}
+            state |= {"best": self.best_state}  # whatever comes between, ckpt.pt can be made of it
             self._write("last", self._checkpoint(state, trainer))
             self.seen = stamp(self.paths["last"])
             self.saved_step, self.saved_at = self.step, time.monotonic()
         self.save_best()
 
     def save_best(self):
-        if self.best_is_new and self.step >= self.replaces_from:
+        if self.best_is_new and self.step >= self.kept_until:
             self._write("best", self.best_state)
             self.best_is_new = False
 
     def _write(self, which, checkpoint):
         last = self.paths["last"]
         if stamp(last) not in (None, self.seen):
-            text = f"{last} has been written by another process meanwhile: wait for its end, or"
-            raise CheckpointError(f"{text} choose another folder for one of the two runs.")
+            raise CheckpointError(f"{last} is another process's by now: choose another folder.")
         save_checkpoint(self.paths[which], checkpoint)
 
     def restore(self, trainer):
@@ -853,20 +814,15 @@ class Run:
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.best_state = dict(saved["best"])
             self.best_is_new = not rank() and kept_loss != self.best["val_loss"]
-            self.replaces_from = kept_step  # later than last.pt's, if a failure left it
+            self.kept_until = kept_step  # later than last.pt's, if a failure left it
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
-            text = f"{self.paths['last']} lacks what a run needs to resume: {FRESH}."
-            raise CheckpointError(text) from None
+            raise CheckpointError(f"{self.paths['last']} lacks parts of a run: {FRESH}.") from None
         self.resumed_at = self.saved_step = self.step
 
     def _saved_state(self):
-        found = {
-            which: load_checkpoint(path, self.identity)
-            for which, path in self.paths.items()
-            if stamp(path)
-        }
+        found = {k: load_checkpoint(p, self.identity) for k, p in self.paths.items() if stamp(p)}
         kept = found.get("best", {})
         if kept and "last" not in found:
             raise CheckpointError(f"{self.paths['best']} lies there without its last.pt: {FRESH}.")
@@ -894,13 +850,9 @@ def train_model(
 ):
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
-    `model` then holds the last weights; `out` is the run's folder; `start_from` is a checkpoint to
-    take initial weights from; `view(run)` is called after evaluations and between steps. Called
-    again it resumes from `last.pt`, or only loads a finished run; `fresh=True` starts over. An
-    interrupt, a termination or a hang-up ends at a step boundary, saves and returns (the last two
-    then take their course); else unsaved work is at most `save_every` seconds and an evaluation
-    interval. Under torchrun all call this alike, within `distributed()`. Raises CheckpointError
-    and TrainingError.
+    Called again it resumes from the folder `out`, or loads a finished run; `fresh=True` starts over.
+    A signal to end acts between two steps, once all is saved. `view(run)` is called there and after
+    evaluations; `start_from` is a checkpoint to begin with. Under torchrun all call this alike.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
@@ -946,8 +898,7 @@ def train_loop(run, trainer, view, save_every, interrupted):
         if run.finished or interrupted():
             break
         run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
-        if run.saved_step is None:
-            run.save(trainer)
+        run.save(trainer, math.inf)  # only if nothing has been saved before this step
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
     run.end(trainer)

@@ -290,6 +290,7 @@ def test_the_command_that_torchrun_restarts_does_not_start_over(run_command, cap
 def test_the_command_names_the_stand_in(run_command, corpus, capsys, monkeypatch, rank, lines):
     monkeypatch.setattr(helpers, "prepare", lambda name, allow_stand_in: corpus)
     monkeypatch.setattr(helpers, "rank", lambda: rank)
+    monkeypatch.setattr(helpers, "on_main_process", lambda make: make())
     assert run_command("shakespeare_char --max_iters 2") == 0
     assert capsys.readouterr().out.count("Tiny sentences") == lines
 
