@@ -163,10 +163,11 @@ def choose_precision(device=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda":
         return Precision(device, torch.float32, "float32: half precision gains nothing on a CPU")
-    capability = torch.cuda.get_device_capability(device)
-    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
-    found = f"compute capability {'.'.join(map(str, capability))}"
-    return Precision(device, dtype, f"{str(dtype)[6:]} autocast ({found})")
+    major, minor = torch.cuda.get_device_capability(device)
+    dtype = torch.bfloat16 if major >= 8 else torch.float16
+    return Precision(
+        device, dtype, f"{str(dtype)[6:]} autocast (compute capability {major}.{minor})"
+    )
 
 
 def describe_machine(precision):
@@ -196,8 +197,7 @@ def distributed():
         return
     if "LOCAL_RANK" not in os.environ:
         raise ValueError("WORLD_SIZE is set and LOCAL_RANK is not: start the command by torchrun.")
-    # imported later, its functions would keep the group as a default argument past its end
-    import torch.distributed.nn.functional  # noqa: F401
+    import torch.distributed.nn.functional  # noqa: F401  # later it would keep the group alive
 
     cuda, number = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     if cuda and number >= torch.cuda.device_count():
@@ -455,8 +455,7 @@ def stamp(path):
     try:
         found = os.stat(path)
     except OSError as error:  # for which Path.exists may be False
-        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-        return None if absent else error.errno
+        return None if isinstance(error, FileNotFoundError | NotADirectoryError) else error.errno
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
@@ -476,7 +475,7 @@ def load_model(path, device="cpu", data=None, identity=None):
         head, size = weights["lm_head.weight"], data and data.vocab_size
         if not torch.equal(head, weights["transformer.wte.weight"]):
             raise ValueError("its output layer is not its token embedding")
-        if data and data.tokenizer.name == "gpt2" and len(head) == size + -size % 64:
+        if data and data.tokenizer.name == "gpt2" and config.vocab_size == size + -size % 64:
             config = replace(config, vocab_size=size)  # nanoGPT pads it
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
@@ -698,8 +697,8 @@ class Interrupts:
 class Run:
     """One training run: its history, and its folder with ckpt.pt (the best weights) and last.pt.
 
-    history["evals"] has a row per evaluation: losses in nats per token, the next step's rate, seconds
-    of steps (time) and mean gradient norm since the row before, seconds since the call (waited).
+    history["evals"] has a row per evaluation: losses in nats per token, the next step's rate, the
+    seconds of steps and mean gradient norm since the row before, the seconds since the call.
     """
 
     def __init__(self, config, data, folder, start_id=None):
@@ -784,10 +783,9 @@ class Run:
         if first and self.seen:  # no ckpt.pt of before may lie beside this run's last.pt
             self.save_best()
         if self.step != self.saved_step:
-            state = trainer.state_dict() | {"history": self.history}
-            state |= {"seconds": self.seconds, "waited": self.waited}
+            state = {"history": self.history, "seconds": self.seconds, "waited": self.waited}
             state |= {"best": self.best_state}  # whatever comes between, ckpt.pt can be made of it
-            self._write("last", self._checkpoint(state, trainer))
+            self._write("last", self._checkpoint(trainer.state_dict() | state, trainer))
             self.seen = stamp(self.paths["last"])
             self.saved_step, self.saved_at = self.step, time.monotonic()
         self.save_best()
@@ -804,7 +802,6 @@ class Run:
         save_checkpoint(self.paths[which], checkpoint)
 
     def restore(self, trainer):
-        """Resumes from last.pt, if there is one, to the same end as a run never stopped."""
         saved, kept_loss, kept_step = on_main_process(self._saved_state)
         if saved is None:
             return
@@ -850,7 +847,7 @@ def train_model(
 ):
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
-    Called again it resumes from the folder `out`, or loads a finished run; `fresh=True` starts over.
+    Called again it resumes from the folder `out` or loads a finished run; `fresh=True` starts over.
     A signal to end acts between two steps, once all is saved. `view(run)` is called there and after
     evaluations; `start_from` is a checkpoint to begin with. Under torchrun all call this alike.
     """
