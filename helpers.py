@@ -165,9 +165,7 @@ def choose_precision(device=None):
         return Precision(device, torch.float32, "float32: half precision gains nothing on a CPU")
     major, minor = torch.cuda.get_device_capability(device)
     dtype = torch.bfloat16 if major >= 8 else torch.float16
-    return Precision(
-        device, dtype, f"{str(dtype)[6:]} autocast (compute capability {major}.{minor})"
-    )
+    return Precision(device, dtype, f"{str(dtype)[6:]} autocast (capability {major}.{minor})")
 
 
 def describe_machine(precision):
