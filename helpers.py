@@ -12,10 +12,8 @@ import gc
 import io
 import math
 import os
-import platform
 import re
 import sys
-import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -88,12 +86,10 @@ class TrainConfig:
         return self.batch_size * self.block_size * self.gradient_accumulation_steps
 
 
-RANGES = {  # of the numbers that may be below 1
-    **dict.fromkeys(("learning_rate", "min_lr"), (1e-12, math.inf)),
-    **dict.fromkeys(("weight_decay", "grad_clip", "muon_lr_scale"), (0, math.inf)),
-    **dict.fromkeys(("beta1", "beta2", "dropout"), (0, 1)),
-    **dict.fromkeys(("warmup_iters", "seed"), (0, 2**32)),
-}
+RANGES = dict.fromkeys(("learning_rate", "min_lr"), (1e-12, math.inf))  # else at least 1
+RANGES |= dict.fromkeys(("weight_decay", "grad_clip", "muon_lr_scale"), (0, math.inf))
+RANGES |= dict.fromkeys(("beta1", "beta2", "dropout"), (0, 1))
+RANGES |= dict.fromkeys(("warmup_iters", "seed"), (0, 2**32))
 
 
 @dataclass(frozen=True)
@@ -169,18 +165,16 @@ def choose_precision(device=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda":
         return Precision(device, torch.float32, "float32: half precision gains nothing on a CPU")
-    capability = torch.cuda.get_device_capability(device)
-    found = f"compute capability {'.'.join(map(str, capability))}"
-    if capability >= (8, 0):
-        return Precision(device, torch.bfloat16, f"bfloat16 autocast, no gradient scaler ({found})")
-    return Precision(device, torch.float16, f"float16 autocast with a gradient scaler ({found})")
+    major, minor = torch.cuda.get_device_capability(device)
+    dtype = torch.bfloat16 if major >= 8 else torch.float16
+    return Precision(device, dtype, f"{str(dtype)[6:]} autocast (capability {major}.{minor})")
 
 
 def describe_machine(precision):
     """What a run is made on, as plain text values."""
     cuda, threads = precision.device.type == "cuda", torch.get_num_threads()
     device = torch.cuda.get_device_name(precision.device) if cuda else f"CPU, {threads} threads"
-    versions = {"PyTorch": torch.__version__, "Python": platform.python_version()}
+    versions = {"PyTorch": torch.__version__, "Python": sys.version.split()[0]}
     return {"device": device, "precision": precision.reason} | versions
 
 
@@ -203,8 +197,7 @@ def distributed():
         return
     if "LOCAL_RANK" not in os.environ:
         raise ValueError("WORLD_SIZE is set and LOCAL_RANK is not: start the command by torchrun.")
-    # imported later, its functions would keep the group as a default argument past its end
-    import torch.distributed.nn.functional  # noqa: F401
+    import torch.distributed.nn.functional  # noqa: F401  # later it would keep the group alive
 
     cuda, number = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     if cuda and number >= torch.cuda.device_count():
@@ -228,14 +221,13 @@ def all_reduce_sum(tensor):
 
 def on_main_process(make):
     """What `make()` gives in the main process, in every process; its error is raised in all."""
-    if world_size() == 1:
-        return make()
     box = [None]
     try:
         box[0] = make() if rank() == 0 else None
     except Exception as error:
         box[0] = error
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if world_size() > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
@@ -248,8 +240,7 @@ def shard(starts):
         return starts[:, rank() :: n]
     if batch % n == 0:
         return starts[:, :, rank() :: n]
-    text = f"{n} processes cannot share batch_size {batch} with gradient_accumulation_steps"
-    raise ValueError(f"{text} {micro_steps}: make one of the two a multiple of {n}.")
+    raise ValueError(f"Make batch_size or gradient_accumulation_steps a multiple of {n} processes.")
 
 
 # ----- learning rate -----
@@ -308,11 +299,6 @@ def score_of(losses, data, split):
         raise ValueError(f"Losses of {len(losses)} tokens: give those of the whole {split} split.")
     nats = losses.sum(dtype=torch.float64).item()
     return Score(nats, len(losses), data.bytes[split], data.words[split])
-
-
-def evaluate(model, data, split, stride=None):
-    """The Score of a split by its `token_losses`."""
-    return score_of(token_losses(model, data, split, stride), data, split)
 
 
 def token_losses(model, data, split, stride=None):
@@ -416,6 +402,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used, and what to do about it."""
 
 
+VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
 
@@ -425,9 +412,9 @@ def save_checkpoint(path, checkpoint):
         with atomic_write(Path(path)) as file:
             torch.save(checkpoint, file)
     except RuntimeError as error:  # a DataError, or torch's way to pass on that a write failed
-        text = reason(error.__cause__ or error.__context__ or error).splitlines()[0]
-        text = f"{path} cannot be written ({text}): make room, or choose another folder; what was"
-        raise CheckpointError(f"{text} there before is unharmed.") from None
+        why = reason(error.__cause__ or error.__context__ or error).splitlines()[0]
+        why = f"{path} cannot be written ({why}): make room, or choose another folder."
+        raise CheckpointError(why) from None
 
 
 def verified(path):
@@ -443,16 +430,12 @@ def verified(path):
 
 
 def load_checkpoint(path, identity=None):
-    """A checkpoint's plain values, on the CPU; never unpickles code. Raises CheckpointError.
-
-    With the `identity` of a run, one of another run is refused by what differs.
-    """
+    """A checkpoint's plain values, never code; with an `identity`, those of this run alone."""
     advice = FRESH if identity else "choose another file"
     try:
         checkpoint = torch.load(verified(path), map_location="cpu", weights_only=True)
     except OSError as error:
-        text = f"{path} cannot be read ({reason(error)}): check the path, or train the run first."
-        raise CheckpointError(text) from None
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}): check the path.") from None
     except Exception as error:  # what is no checkpoint fails in many ways
         if out_of_memory(error):
             raise
@@ -467,16 +450,22 @@ def load_checkpoint(path, identity=None):
     return checkpoint
 
 
+def stamp(path):
+    """What changes with a file: None where there is none, an error's number where it is hidden."""
+    try:
+        found = os.stat(path)
+    except OSError as error:  # for which Path.exists may be False
+        return None if isinstance(error, FileNotFoundError | NotADirectoryError) else error.errno
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def _differing(there, here):
     names = (name for name in here | there if there.get(name) != here.get(name))
     return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
 def load_model(path, device="cpu", data=None, identity=None):
-    """The model of a checkpoint of this project or nanoGPT, in eval mode. Raises CheckpointError.
-
-    With `data` it must be of the same vocabulary; one that nanoGPT padded is cropped to it.
-    """
+    """The model of this project's or a nanoGPT checkpoint, in eval mode; of `data`'s vocabulary."""
     checkpoint = load_checkpoint(path, identity)
     try:
         config = GPTConfig(**checkpoint["model_args"])
@@ -486,31 +475,33 @@ def load_model(path, device="cpu", data=None, identity=None):
         head, size = weights["lm_head.weight"], data and data.vocab_size
         if not torch.equal(head, weights["transformer.wte.weight"]):
             raise ValueError("its output layer is not its token embedding")
-        if data and "chars" not in checkpoint and config.vocab_size == size + -size % 64:
-            config = replace(config, vocab_size=size)
+        if data and data.tokenizer.name == "gpt2" and config.vocab_size == size + -size % 64:
+            config = replace(config, vocab_size=size)  # nanoGPT pads it
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if out_of_memory(error):
-            raise
         text = f"{path} does not fit its own description ({' '.join(str(error).split())[:200]})"
         raise CheckpointError(f"{text}: {FRESH if identity else 'choose another file'}.") from None
-    chars = data and getattr(data.tokenizer, "chars", None)
-    if data and (config.vocab_size, checkpoint.get("chars", chars)) != (size, chars):
-        text = f"{path} has another vocabulary ({config.vocab_size} ids) than the data ({size})"
+    known = VOCABULARY | data.tokenizer.vocabulary if data else {}
+    there = {kind: checkpoint.get(kind, own) for kind, own in known.items()}  # none in nanoGPT's
+    if data and (config.vocab_size, there) != (size, known):
+        text = f"{path} has another vocabulary ({len(head)} ids) than the data ({size})"
         raise CheckpointError(f"{text}: choose a checkpoint that was trained on such data.")
     return model.to(device).eval()
 
 
 def start_weights(path, config, data):
     """Weights of a checkpoint to start a run from, and 16 digits that identify the file."""
-    model = load_model(path, data=data)
+    before = stamp(path)
+    model, digest = load_model(path, data=data), sha256_of(path)[:16]
+    if stamp(path) != before:
+        raise CheckpointError(f"{path} changed while it was read: start from a copy of it.")
     wanted = config.model_config(data.vocab_size)
     differing = _differing(asdict(replace(model.config, dropout=wanted.dropout)), asdict(wanted))
     if differing:
         raise CheckpointError(f"{path} cannot start this run ({differing}): choose another file.")
-    return model.state_dict(), sha256_of(path)[:16]
+    return model.state_dict(), digest
 
 
 # ----- the training step -----
@@ -547,8 +538,7 @@ class Optimizers:
 
 
 class CastWeights(torch.autograd.Function):
-    """Weights in another type, and their gradients back, in one launch each; autocast's own way
-    has one a weight."""
+    """Copies of weights in another type, and their gradients back in float32, in one launch."""
 
     @staticmethod
     def forward(ctx, dtype, *weights):
@@ -558,16 +548,11 @@ class CastWeights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
-        torch._foreach_copy_(wide, gradients)
-        return None, *wide
+        return None, *CastWeights.forward(ctx, torch.float32, *gradients)
 
 
 class Trainer:
-    """A run's state on its device, and the one optimizer step of every device and precision.
-
-    It reads and writes rows of tables and never waits for the host: a CUDA graph can hold it.
-    """
+    """A run's state on its device, and the one step of all precisions, made for a CUDA graph."""
 
     def __init__(self, model, data, config, precision, resident=None):
         self.model, self.config, self.precision = model, config, precision
@@ -597,7 +582,7 @@ class Trainer:
         if config.compile and cuda:
             self.obstacles += compile_layers(model, self.loss, shape[2])
         if not alone:
-            self.module = DistributedDataParallel(model, device_ids=[device] if cuda else None)
+            self.module = DistributedDataParallel(model, [device] if cuda else None)
         self.graphed_step = CUDAGraphed(self.step, cuda and alone, recover=self.forget_step)
 
     def boundary(self, step):
@@ -605,7 +590,6 @@ class Trainer:
         return min(step + min(self.ahead, to_evaluation), self.config.max_iters)
 
     def load(self, first):
-        """Fills the tables for the steps from `first` on."""
         steps, n_tokens = range(first, self.boundary(first)), len(self.tokens["train"])
         batches = self.config.gradient_accumulation_steps
         starts = [sample_starts(n_tokens, self.config, step, batches) for step in steps]
@@ -619,6 +603,8 @@ class Trainer:
         last, started = self.boundary(first), time.perf_counter()
         if self.loaded != first:
             self.load(first)
+        if rank():  # checkpoints hold the main process's generators, and dropout has to differ
+            torch.manual_seed((self.config.seed + rank()) * 1_000_003 + first)
         for _ in range(first, last):
             self.graphed_step()
         if last < self.config.max_iters:
@@ -654,20 +640,15 @@ class Trainer:
 
     def forget_step(self):
         self.obstacles.append(f"no CUDA graph: {self.graphed_step.reason}")
-        if self.scaler.is_enabled():
-            self.scaler.update(self.scaler.get_scale())
+        self.scaler.update(self.scaler.get_scale())
 
     def state_dict(self):
-        """Everything that the next step depends on, as plain values and tensors."""
-        return {
-            "model": self.model.state_dict(),
-            **{name: o.state_dict() for name, o in self.optimizers.by_name.items()},
-            "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None,
-        }
+        state = {name: o.state_dict() for name, o in self.optimizers.by_name.items()}
+        state |= {"model": self.model.state_dict(), "scaler": self.scaler.state_dict()}
+        cuda_rng = torch.cuda.get_rng_state(self.lr.device) if self.lr.is_cuda else None
+        return state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
-    def load_state_dict(self, state, step):
+    def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.by_name.items():
             optimizer.load_state_dict(state[name])
@@ -680,8 +661,6 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.precision.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.precision.device)
-        if rank():  # the generators are the main process's; dropout must differ
-            torch.manual_seed((self.config.seed + rank()) * 1_000_003 + step)
 
 
 def compile_layers(model, loss, batch_size):
@@ -716,7 +695,7 @@ class Interrupts:
         self.received, self.previous = None, {}
         numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
         heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # outside of the main thread
             self.previous = {number: signal.signal(number, self.note) for number in heard}
         return self
 
@@ -732,10 +711,9 @@ class Interrupts:
 
     def __call__(self):
         """Whether any process has received one: all ask at the same steps, and stop together."""
-        if world_size() == 1:
-            return self.received is not None
         number = torch.tensor(self.received or 0)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
         self.received = self.received or number.item() or None
         return number.item() > 0
 
@@ -743,11 +721,8 @@ class Interrupts:
 class Run:
     """One training run: its history, and its folder with ckpt.pt (the best weights) and last.pt.
 
-    history["evals"] has a row (a dict) per evaluation: iter (steps done), train_loss and val_loss
-    (estimates, nats per token), learning_rate (of the next step), time (seconds of steps since the
-    row before), waited (seconds since the call, compilation and evaluations included), grad_norm
-    (mean since the row before, unclipped), peak_memory (bytes, on CUDA); history["step_loss"] and
-    history["step_grad_norm"] have a value per step. `seconds` are those of all steps.
+    history["evals"] has a row per evaluation: losses in nats per token, the next step's rate, the
+    seconds of steps and mean gradient norm since the row before, the seconds since the call.
     """
 
     def __init__(self, config, data, folder, start_id=None):
@@ -759,6 +734,9 @@ class Run:
         self.resumed_at, self.interrupted, self.status = 0, None, None
         self.best_state, self.best_is_new = None, False  # the best checkpoint; not yet in ckpt.pt
         self.saved_step, self.saved_at = None, time.monotonic()
+        self.paths = {"last": self.folder / "last.pt", "best": self.folder / "ckpt.pt"}
+        self.seen = stamp(self.paths["last"])  # as this run last read or wrote it
+        self.kept_until = int(any(map(stamp, self.paths.values())))  # that step ckpt.pt stays
 
     @property
     def step(self):
@@ -770,7 +748,6 @@ class Run:
 
     @property
     def best(self):
-        """The evaluation with the lowest validation loss."""
         return min(self.history["evals"], key=lambda row: row["val_loss"])
 
     @property
@@ -786,7 +763,6 @@ class Run:
         return not evaluated and (self.step % self.config.eval_interval == 0 or self.finished)
 
     def evaluate(self, trainer):
-        """Adds a row to the history; keeps the weights if they are the best."""
         losses = {
             f"{split}_loss": estimate_loss(trainer.model, tokens, self.config, trainer.precision)
             for split, tokens in trainer.tokens.items()
@@ -821,57 +797,60 @@ class Run:
     def _checkpoint(self, state, trainer):
         facts = {"model_args": asdict(trainer.model.config), "identity": self.identity}
         facts |= {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
-        return state | facts | {"chars": getattr(self.data.tokenizer, "chars", None)}
+        return state | facts | VOCABULARY | self.data.tokenizer.vocabulary
 
     def save(self, trainer, every=0.0):
-        """Writes both files if the last time is `every` seconds ago, and at once before step 1."""
-        if rank() or (self.step and time.monotonic() - self.saved_at < every):
+        """Writes both files, if the last time is `every` seconds ago or there was none."""
+        first, recent = self.saved_step is None, time.monotonic() - self.saved_at < every
+        if rank() or (self.step < self.kept_until if first else recent):
             return
+        if first and self.seen:  # no ckpt.pt of before may lie beside this run's last.pt
+            self.save_best()
         if self.step != self.saved_step:
-            # the best weights too: whatever comes between, ckpt.pt can be made of last.pt
-            state = trainer.state_dict() | {"history": self.history, "best": self.best_state}
-            state |= {"seconds": self.seconds, "waited": self.waited}
-            save_checkpoint(self.folder / "last.pt", self._checkpoint(state, trainer))
+            state = {"history": self.history, "seconds": self.seconds, "waited": self.waited}
+            state |= {"best": self.best_state}  # whatever comes between, ckpt.pt can be made of it
+            self._write("last", self._checkpoint(trainer.state_dict() | state, trainer))
+            self.seen = stamp(self.paths["last"])
             self.saved_step, self.saved_at = self.step, time.monotonic()
         self.save_best()
 
     def save_best(self):
-        if self.best_is_new:
-            save_checkpoint(self.folder / "ckpt.pt", self.best_state)
+        if self.best_is_new and self.step >= self.kept_until:
+            self._write("best", self.best_state)
             self.best_is_new = False
 
+    def _write(self, which, checkpoint):
+        last = self.paths["last"]
+        if stamp(last) not in (None, self.seen):
+            raise CheckpointError(f"{last} is another process's by now: choose another folder.")
+        save_checkpoint(self.paths[which], checkpoint)
+
     def restore(self, trainer):
-        """Resumes from last.pt, if there is one, to the same end as a run never stopped."""
-        saved, kept = on_main_process(self._saved_state)
+        saved, kept_loss, kept_step = on_main_process(self._saved_state)
         if saved is None:
             return
         try:
             self.history = {key: list(saved["history"][key]) for key in self.history}
-            trainer.load_state_dict(saved, self.step)
+            trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.best_state = dict(saved["best"])
-            self.best_is_new = not rank() and kept != self.best["val_loss"]
+            self.best_is_new = not rank() and kept_loss != self.best["val_loss"]
+            self.kept_until = kept_step  # later than last.pt's, if a failure left it
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
-            text = f"{self.folder / 'last.pt'} lacks what a run needs to resume: {FRESH}."
-            raise CheckpointError(text) from None
+            raise CheckpointError(f"{self.paths['last']} lacks parts of a run: {FRESH}.") from None
         self.resumed_at = self.saved_step = self.step
 
     def _saved_state(self):
-        last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
-        with contextlib.suppress(OSError):  # which reading says in one sentence
-            if best.exists() and not last.exists():
-                raise CheckpointError(f"{best} lies there without its last.pt: {FRESH}.")
-            if not last.exists():
-                return None, None
-        saved = load_checkpoint(last, self.identity)
-        kept = load_checkpoint(best, self.identity) if best.exists() else {}  # written again
-        return saved, kept.get("best_val_loss")
+        found = {k: load_checkpoint(p, self.identity) for k, p in self.paths.items() if stamp(p)}
+        kept = found.get("best", {})
+        if kept and "last" not in found:
+            raise CheckpointError(f"{self.paths['best']} lies there without its last.pt: {FRESH}.")
+        return found.get("last"), kept.get("best_val_loss"), kept.get("iter_num", 0)
 
     def load(self, which="best", device="cpu"):
-        path = self.folder / {"best": "ckpt.pt", "last": "last.pt"}[which]
-        return load_model(path, device, self.data, self.identity)
+        return load_model(self.paths[which], device, self.data, self.identity)
 
     def end(self, trainer):
         self.waited_before, self.began, self.best_state = self.waited, None, None
@@ -879,8 +858,8 @@ class Run:
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
         if not self.finished:
-            text = "interrupted and saved: run this again to resume. In Run All the cells below go"
-            text += " on with this partial run; stop once more to end them"
+            text = "interrupted and saved: run this again to resume; the cells below now go on with"
+            text += " this partial run unless stopped once more"
         notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
@@ -892,13 +871,9 @@ def train_model(
 ):
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
-    `model` then holds the last weights; `out` is the run's folder; `start_from` is a checkpoint to
-    take initial weights from; `view(run)` is called after evaluations and between steps. Called
-    again it resumes from `last.pt`, or only loads a finished run; `fresh=True` starts over. An
-    interrupt, a termination or a hang-up ends at a step boundary, saves and returns (the last two
-    then take their course); else unsaved work is at most `save_every` seconds and an evaluation
-    interval. Under torchrun all call this alike, within `distributed()`. Raises CheckpointError
-    and TrainingError.
+    Called again it resumes from the folder `out` or loads a finished run; `fresh=True` starts over.
+    A signal to end acts between two steps, once all is saved. `view(run)` is called there and after
+    evaluations; `start_from` is a checkpoint to begin with. Under torchrun all call this alike.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
@@ -913,7 +888,7 @@ def train_model(
             run = Run(config, data, out, start_id)
             trainer = Trainer(model.to(precision.device).train(), data, config, precision)
             trainer.model.load_state_dict(weights)
-            torch.manual_seed(config.seed + rank())  # dropout differs from process to process
+            torch.manual_seed(config.seed)
             if not fresh:
                 run.restore(trainer)
             train_loop(run, trainer, view or (lambda run: None), save_every, interrupted)
@@ -928,10 +903,8 @@ def train_model(
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
-        text = (
-            f"No memory for batch_size {config.batch_size} x block_size {config.block_size}: lower"
-        )
-        raise TrainingError(f"{text} batch_size and raise gradient_accumulation_steps instead.")
+        text = f"No memory for batch_size {config.batch_size} x block_size {config.block_size}"
+        raise TrainingError(f"{text}: lower the first and raise gradient_accumulation_steps.")
     run.interrupted = interrupted.received
     return run
 
@@ -946,6 +919,7 @@ def train_loop(run, trainer, view, save_every, interrupted):
         if run.finished or interrupted():
             break
         run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
+        run.save(trainer, math.inf)  # only if nothing has been saved before this step
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
     run.end(trainer)
@@ -953,9 +927,7 @@ def train_loop(run, trainer, view, save_every, interrupted):
 
 
 # ----- text and the command line -----
-def generate_text(
-    model, data, prompt, precision, new_tokens=150, temperature=0.8, top_k=40, seed=0
-):
+def generate_text(model, data, prompt, precision, new_tokens, temperature=0.8, top_k=40, seed=0):
     """The prompt and its continuation as text; computed with weights of the precision's type."""
     ids = torch.tensor([data.tokenizer.encode(prompt)], dtype=torch.long, device=precision.device)
     generator = torch.Generator(precision.device).manual_seed(seed)
@@ -972,11 +944,10 @@ def out_folder(name, run="test"):
 def print_progress(run):
     """The view of the command line: a line per evaluation, and how the run ended."""
     losses = f"loss {run.last['train_loss']:.4f}, on validation {run.last['val_loss']:.4f}"
+    text = run.status or f"step {run.step:,} of {run.config.max_iters:,}: {losses}"
     try:
-        if run.status:
-            print(f"{run.status}.", flush=True)
-        elif run.last["iter"] == run.step:
-            print(f"step {run.step:,} of {run.config.max_iters:,}: {losses}", flush=True)
+        if run.status or run.last["iter"] == run.step:
+            print(text, flush=True)
     except OSError:  # from here on nobody reads: a closed terminal or pipe ends no run
         sys.stdout = io.StringIO()
 
@@ -990,8 +961,11 @@ def train_command(options, device):
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
+    if name != options.dataset and not rank():
+        print(f"{options.dataset} cannot be had (see data/README.md); instead: {data.title}")
     folder, view = options.out or out_folder(data.name), None if rank() else print_progress
-    how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
+    how = {"fresh": options.fresh and not again, "start_from": options.start_from, "view": view}
     model, precision = make_model(config, data), choose_precision(device)
     return train_model(model, data, config, folder, precision, **how)
 

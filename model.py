@@ -34,7 +34,7 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
     rotary: bool = False  # rotary position embedding (Su et al. 2021), not a learned one
     rms_norm: bool = False  # RMSNorm without gain (Zhang and Sennrich 2019), not layer norm
-    attn_gate: bool = False  # each head's output scaled by a gate (Qiu et al. 2025)
+    attn_gate: bool = False  # attention's output scaled by a sigmoid gate (Qiu et al. 2025)
     pointer: bool = False  # pointer-sentinel mixture over the context (Merity et al. 2016)
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.attn_gate:
-            self.c_gate = nn.Linear(config.n_embd, config.n_head, bias=False)
+            self.c_gate = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary=None, past=None):
@@ -101,10 +101,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         causal = {"dropout_p": dropout, "is_causal": mask is None}
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **causal)
-        y = y.transpose(1, 2)
+        y = y.transpose(1, 2).reshape(B, T, C)
         if self.config.attn_gate:
-            y = y * (2 * torch.sigmoid(self.c_gate(x)))[..., None]  # near 1 at first
-        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+            y = y * (2 * torch.sigmoid(self.c_gate(x)))  # near 1 at first
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -136,10 +136,9 @@ class Block(nn.Module):
 
 
 class PointerHead(nn.Module):
-    """Copies a token of the context: the pointer-sentinel mixture of Merity et al. (2016).
+    """Copies a token of the context (Merity et al. 2016).
 
-    A token is found by a key of the state at it plus one of the state before it, so that a state
-    can look for what once followed a state like itself.
+    Its key is of the state at it and of the one before: what once followed a state like this one.
     """
 
     def __init__(self, config):
@@ -225,10 +224,7 @@ class GPT(nn.Module):
         return total - self.transformer.wpe.weight.numel() if learned else total
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, leave_out=()):
-        """Fused AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only.
-
-        A tensor as `learning_rate` may change; `leave_out` is for another optimizer.
-        """
+        """Fused AdamW (Loshchilov and Hutter 2019), weight decay on matrices only."""
         others = {id(parameter) for parameter in leave_out}
         parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in others]
         matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}
@@ -505,7 +501,7 @@ def vocab_losses(x, weight, targets, reduction="none"):
         parts = zip(x.split(rows), targets.split(rows), strict=True)  # for the memory, the cache
         losses = torch.cat([vocab_losses(part, weight, wanted) for part, wanted in parts])
     elif x.is_cuda and fused_loss_obstacle() is None:
-        losses = FusedCrossEntropy.apply(x, weight, targets)
+        losses = FusedCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
     elif torch.is_grad_enabled() and not x.is_cuda and len(weight) > 4096 and CHUNKED:
         return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=CHUNKED)
     else:
@@ -520,48 +516,44 @@ CHUNKED = getattr(nn, "LinearCrossEntropyOptions", lambda **options: None)(batch
 if triton is not None:
 
     @triton.jit
-    def _row_loss(
-        logits, targets, losses, columns, width, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """One program a row: its loss, from the log of the sum of exponentials in one pass.
-
-        With GRADIENT the logits then become softmax - one-hot target, and their padding zero.
-        """
+    def _row_loss(logits, targets, losses, columns, width, GRADIENT: tl.constexpr):
+        """One program a row: its loss; with GRADIENT logits become softmax - one-hot target."""
         row = tl.program_id(0).to(tl.int64)
+        logits += row * width
         target = tl.load(targets + row)
-        wanted = tl.load(logits + row * width + target).to(tl.float32)
-        largest = tl.full([BLOCK], -1e30, tl.float32)  # running maximum and sum of each lane
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)  # the width allows loads of 16 bytes
-            z = tl.load(logits + row * width + column, mask=column < width, other=0).to(tl.float32)
+        wanted = tl.load(logits + target).to(tl.float32)
+        lanes = tl.arange(0, 1024)[:, None] * 8 + tl.arange(0, 8)[None, :]  # 16 bytes a lane
+        largest = tl.full([1024], -1e30, tl.float32)  # running maximum and sum of each lane
+        total = tl.zeros([1024], tl.float32)
+        for start in range(0, width, 8192):
+            column = start + lanes
+            z = tl.load(logits + column, mask=column < width, other=0).to(tl.float32)
             z = tl.where(column < columns, z, -float("inf"))
-            e = tl.exp(-tl.abs(z - largest))
-            total = tl.where(z > largest, total * e + 1, total + e)
-            largest = tl.maximum(largest, z)
+            top = tl.maximum(largest, tl.max(z, 1))
+            total = total * tl.exp(largest - top) + tl.sum(tl.exp(z - top[:, None]), 1)
+            largest = top
         top = tl.max(largest, 0)
         normaliser = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
         tl.store(losses + row, normaliser - wanted)
         if GRADIENT:
-            for start in range(0, width, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                place = logits + row * width + column
-                z = tl.load(place, mask=column < width, other=0).to(tl.float32)
-                gradient = tl.exp(z - normaliser) - tl.where(column == target, 1.0, 0.0)
-                gradient = tl.where(column < columns, gradient, 0.0)
-                tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
+            for start in range(0, width, 8192):
+                column = start + lanes
+                z = tl.load(logits + column, mask=column < width, other=0).to(tl.float32)
+                z = tl.exp(z - normaliser) - tl.where(column == target, 1.0, 0.0)
+                z = tl.where(column < columns, z, 0.0).to(logits.dtype.element_ty)
+                tl.store(logits + column, z, mask=column < width)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
     """Losses (N,) of x (N, C) by weight (V, C) against targets (N,) on CUDA, in autocast's type."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        padded, gradient = pad_vocab(weight), any(ctx.needs_input_grad)
+    def forward(ctx, x, weight, targets, gradient):
+        padded = pad_vocab(weight)
         states = x.to(padded.dtype)
         logits, losses = states @ padded.t(), torch.empty(len(x), device=x.device)
         sizes = {"columns": len(weight), "width": logits.size(1), "GRADIENT": gradient}
-        _row_loss[(len(x),)](logits, targets, losses, **sizes, BLOCK=4096, num_warps=8)
+        _row_loss[(len(x),)](logits, targets, losses, **sizes, num_warps=16)
         if gradient:  # which the logits are now
             ctx.save_for_backward(states, padded, logits)
             ctx.columns, ctx.dtypes = len(weight), (x.dtype, weight.dtype)
@@ -572,8 +564,8 @@ class FusedCrossEntropy(torch.autograd.Function):
         (states, padded, gradient), (dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
         x_gradient = (gradient @ padded) * scales[:, None]
         scaled = (states * scales[:, None]).to(states.dtype)
-        weight_gradient = (gradient.t() @ scaled)[: ctx.columns]
-        return x_gradient.to(dtype), weight_gradient.to(weight_dtype), None
+        weight_gradient = torch.mm(gradient.t(), scaled, out_dtype=weight_dtype)[: ctx.columns]
+        return x_gradient.to(dtype), weight_gradient, None, None
 
 
 @functools.cache
@@ -583,7 +575,7 @@ def fused_loss_obstacle():
         with torch.enable_grad():
             x, weight = (torch.zeros(n, 16, device="cuda", requires_grad=True) for n in (2, 60))
             targets = torch.zeros(2, dtype=torch.int64, device="cuda")
-            FusedCrossEntropy.apply(x, weight, targets).sum().backward()
+            FusedCrossEntropy.apply(x, weight, targets, True).sum().backward()
             torch.cuda.synchronize()
     except Exception as error:  # compilers fail in many ways
         return f"{type(error).__name__} from Triton" if triton else "Triton is not installed"

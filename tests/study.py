@@ -46,7 +46,8 @@ def score(data, config, precision, which, stride=None):
         if run.interrupted:
             raise KeyboardInterrupt
         model = run.load(which, precision.device)
-        return helpers.evaluate(model, data, "val", stride), run.seconds
+        losses = helpers.token_losses(model, data, "val", stride)
+        return helpers.score_of(losses, data, "val"), run.seconds
 
 
 # ----- the ladder -----

@@ -121,6 +121,8 @@ def in_two(folder):
         for rank in (0, 1):  # the process that is asked to stop
             trained(f"stopped {rank}", view=interrupt if helpers.rank() == rank else None)
         trained("resumed", path="stopped 0")
+        for view in (interrupt, None):
+            trained("dropout resumed", replace(SMALL, dropout=0.2), view=view)
         odd = {"batch_size": 3, "gradient_accumulation_steps": 1}
         for changes, start in (({"seed": 4}, None), ({}, folder / "none.pt"), (odd, None)):
             with pytest.raises((CheckpointError, ValueError)) as error:
@@ -205,6 +207,7 @@ def test_runs_resume_between_one_and_two_processes(seen, corpus, tmp_path):
     found, alone = seen[0][0], curves(train(corpus, SMALL, tmp_path))
     assert len(found["stopped 0"]["curves"][0]) == len(found["stopped 1"]["curves"][0]) == 11
     assert found["resumed"] == found["micro-steps"], "two resumed to another end"
+    assert found["dropout resumed"] == found["dropout"], "two resumed with another dropout"
     assert_close(found["from one"]["curves"], alone)
     assert_close(curves(train(corpus, SMALL, corpus.folder.parent / "stopped 1")), alone)
 
@@ -274,6 +277,22 @@ def test_the_command_starts_from_earlier_weights_and_afresh(run_command, corpus,
     assert run_command(tuned) == 1 and "start_from" in capsys.readouterr().err
     assert run_command(f"{tuned} --fresh") == 0
     assert saved(out)["identity"]["start_from"] is None
+
+
+def test_the_command_that_torchrun_restarts_does_not_start_over(run_command, capsys, monkeypatch):
+    for count, ended in (("0", "finished"), ("1", "loaded")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert run_command("tiny --max_iters 2 --fresh") == 0
+        assert ended in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_the_command_names_the_stand_in(run_command, corpus, capsys, monkeypatch, rank, lines):
+    monkeypatch.setattr(helpers, "prepare", lambda name, allow_stand_in: corpus)
+    monkeypatch.setattr(helpers, "rank", lambda: rank)
+    monkeypatch.setattr(helpers, "on_main_process", lambda make: make())
+    assert run_command("shakespeare_char --max_iters 2") == 0
+    assert capsys.readouterr().out.count("Tiny sentences") == lines
 
 
 REFUSED = {

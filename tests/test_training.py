@@ -6,6 +6,7 @@ python -m pytest tests/test_training.py
 import contextlib
 import copy
 import math
+import shutil
 import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 import helpers
 from data.batches import get_batch
-from data.dataset import CharTokenizer
+from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer
 from helpers import CheckpointError, Precision, Run, TrainConfig, Trainer, TrainingError, make_model
 from model import GPT
 
@@ -352,7 +353,7 @@ def test_training_runs_outside_the_main_thread(unbroken, corpus, config, tmp_pat
 def test_checkpoints_hold_the_run_as_plain_values(unbroken, config, corpus, model):
     assert sorted(contents(unbroken)) == sorted(FILES)
     last, best = saved(unbroken), saved(unbroken, "ckpt.pt")
-    shared = {"model", "model_args", "identity", "chars", "iter_num", "best_val_loss"}
+    shared = {"model", "model_args", "identity", "chars", "words", "iter_num", "best_val_loss"}
     assert best.keys() == shared, "the best weights stand there with more than names them"
     state = {"optimizer", "scaler", "rng", "cuda_rng", "history", "seconds", "waited", "best"}
     assert last.keys() == shared | state
@@ -401,6 +402,9 @@ def test_nanogpt_checkpoint_loads_with_its_padded_vocabulary_cropped(config, cor
     path, padded = nanogpt_checkpoint(config, tmp_path / "nanogpt.pt")
     idx = torch.arange(12).reshape(1, 12)
     assert torch.equal(helpers.load_model(path)(idx), padded(idx))
+    with pytest.raises(CheckpointError, match=f"64 ids.*{corpus.vocab_size}"):
+        helpers.load_model(path, data=corpus)  # it pads no characters: these are 64
+    corpus = replace(corpus, tokenizer=GPT2Tokenizer(tmp_path))
     cropped = helpers.load_model(path, data=corpus)(idx)
     torch.testing.assert_close(cropped, padded(idx)[..., : corpus.vocab_size])
     weights, _ = helpers.start_weights(path, config, corpus)
@@ -410,6 +414,16 @@ def test_nanogpt_checkpoint_loads_with_its_padded_vocabulary_cropped(config, cor
     torch.save(torch.load(path) | {"chars": "0"}, path)  # this project pads none: all 64 count
     with pytest.raises(CheckpointError, match=f"64 ids.*{corpus.vocab_size}"):
         helpers.load_model(path, data=corpus)
+
+
+def test_checkpoint_of_other_words_is_refused(config, corpus, tmp_path):
+    words = ["<unk>", "<eos>", *map(str, range(corpus.vocab_size - 2))]
+    data, other = (replace(corpus, tokenizer=WordTokenizer(w)) for w in (words, words[::-1]))
+    train(data, config, tmp_path)
+    assert helpers.load_model(tmp_path / "ckpt.pt", data=data).config.vocab_size == len(words)
+    for unlike in (other, corpus, replace(corpus, tokenizer=GPT2Tokenizer(tmp_path))):
+        with pytest.raises(CheckpointError, match="another vocabulary"):
+            helpers.start_weights(tmp_path / "ckpt.pt", config, unlike)
 
 
 def test_checkpoint_whose_output_layer_is_not_its_embedding_is_refused(unbroken):
@@ -630,6 +644,22 @@ def test_unusable_start_writes_nothing(unbroken, corpus, config, tmp_path, kind)
     assert str(path) in message and "fresh" not in message and "\n" not in message, message
     assert kind != "another shape" or "n_embd 16 there, 32 here" in message, message
     assert not (tmp_path / "tuned").exists()
+
+
+def test_start_that_is_replaced_while_it_is_read_is_refused(
+    unbroken, corpus, config, tmp_path, monkeypatch
+):
+    """Else the run would be named after another file than the one it started from."""
+    start, load = shutil.copy(unbroken / "ckpt.pt", tmp_path / "start.pt"), helpers.load_checkpoint
+
+    def replaced(*arguments):
+        checkpoint = load(*arguments)
+        shutil.copy(unbroken / "last.pt", start)
+        return checkpoint
+
+    monkeypatch.setattr(helpers, "load_checkpoint", replaced)
+    with pytest.raises(CheckpointError, match="start.pt changed"):
+        train(corpus, config, tmp_path / "tuned", start_from=start)
 
 
 @pytest.mark.parametrize("name", FILES)
