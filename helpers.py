@@ -116,10 +116,10 @@ def _make_presets():
     tiny |= dict(warmup_iters=4, eval_interval=5, eval_iters=2)
     smoke = replace(quick, **tiny)
     modern = dict(rotary=True, rms_norm=True, attn_gate=True, bias=False, min_lr=1e-5, compile=True)
-    words = dict(pointer=True, n_layer=12, batch_size=4, block_size=2048, dropout=0.28)
-    words |= dict(learning_rate=1.2e-3, muon_lr_scale=25.0, max_iters=4000, warmup_iters=300)
+    words = dict(pointer=True, n_layer=12, n_head=3, batch_size=4, block_size=2048, dropout=0.3)
+    words |= dict(learning_rate=8e-4, muon_lr_scale=25.0, max_iters=5000, warmup_iters=300)
     words |= dict(eval_interval=500, eval_iters=25)
-    chars = dict(batch_size=64, dropout=0.4, weight_decay=0.3, learning_rate=2e-3)
+    chars = dict(n_layer=9, batch_size=64, dropout=0.42, weight_decay=0.3, learning_rate=2e-3)
     chars |= dict(muon_lr_scale=10.0, max_iters=2000, warmup_iters=100, eval_interval=200)
     improved = replace(full, **modern, **words), replace(full, **modern, **chars, eval_iters=40)
     shakespeare = replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4)
@@ -530,8 +530,7 @@ class Optimizers:
     def param_groups(self):
         return [group for o in self.by_name.values() for group in o.param_groups]
 
-    def step(self, grad_scale):
-        """One step by gradients divided by `grad_scale`, without writing them out first."""
+    def step(self, grad_scale):  # which divides the gradients, without writing them out first
         for optimizer in self.by_name.values():
             optimizer.grad_scale, optimizer.found_inf = grad_scale, self.found_inf
             optimizer.step()

@@ -354,8 +354,7 @@ def sample(logits, temperature, top_k, generator):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), sorted=False)
-    # the largest logit / temperature - log(e), e ~ Exp(1), is a draw from their softmax (Gumbel's
-    # trick); torch.multinomial would make the host wait
+    # the largest logit / temperature - log(e), e ~ Exp(1), is a draw (Gumbel): the host never waits
     noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log_()
     return ids.gather(-1, torch.sub(logits, noise, alpha=temperature).argmax(-1, keepdim=True))
 
@@ -429,11 +428,10 @@ def newton_schulz(matrices):
 
 # ----- CUDA graphs -----
 class CUDAGraphed:
-    """Calls `step` again and again; on CUDA, after `warmup` calls, as one captured graph.
+    """Calls `step` again and again; on CUDA, after `warmup` eager calls, as one captured graph.
 
-    `step` takes and returns nothing: it reads and writes tensors that stay where they are, and
-    never asks the device for a value. The first calls run eagerly and do real work. Where capture
-    fails, `reason` says why, `recover` is called, and every call stays eager.
+    `step` reads and writes tensors that stay where they are and never asks the device for a value.
+    Where capture fails, `reason` says why, `recover` is called, and every call stays eager.
     """
 
     def __init__(self, step, enabled, generator=None, warmup=3, recover=None):

@@ -75,7 +75,7 @@ def ladder_configs(preset):
         ("rotary position embedding, no biases", words, {"rotary": True, "bias": False}),
         ("RMSNorm without gain", words, {"rms_norm": True}),
         (f"Muon for the hidden matrices, minimum rate {text.min_lr:g}", words, muon),
-        ("gate per attention head", words, {"attn_gate": True}),
+        ("gated attention", words, {"attn_gate": True}),
         (size, words, asdict(replace(text, pointer=False))),
     ]
     own = {"batch_size": play.batch_size, "warmup_iters": play.warmup_iters, "bias": False}
@@ -86,7 +86,7 @@ def ladder_configs(preset):
     plays = [
         ("baseline", chars, {}),
         (first, chars, own),
-        ("rotary position embedding, RMSNorm, gate per attention head", chars, options),
+        ("rotary position embedding, RMSNorm, gated attention", chars, options),
     ]
     last = f"Muon, learning rate {play.learning_rate:g}, dropout {play.dropout:g}"
     last += f", weight decay {play.weight_decay:g}, minimum rate {play.min_lr:g}"

@@ -83,7 +83,7 @@ def attend(weights, x, name, config):
         scores = (q @ k.T / math.sqrt(config.head_dim)).exp().tril()
         heads.append(scores / scores.sum(1, keepdim=True) @ v)
         if config.attn_gate:
-            gate = linear(weights, x, f"{name}.c_gate")[:, i : i + 1]
+            gate = linear(weights, x, f"{name}.c_gate")[:, part]
             heads[-1] = heads[-1] * 2 / (1 + (-gate).exp())
     return linear(weights, torch.cat(heads, dim=1), f"{name}.c_proj")
 
