@@ -476,8 +476,8 @@ def repeat(step, times, device, generator=None, warmup=0):
 
 
 # ----- cross-entropy over a large vocabulary -----
-# Bound by memory: PyTorch's own writes copies of the logits in float32. On a CPU a few rows at a
-# time stay in the cache; on CUDA one kernel reads a row for its loss and, while the row is in the
+# Bound by memory: PyTorch's own writes copies of the logits in float32. On a CPU its chunks of rows
+# stay in the cache; on CUDA one kernel reads a row for its loss and, while the row is in the
 # cache, overwrites it by its gradient (the idea of Liger Kernel, Hsu et al. 2024).
 
 
@@ -495,13 +495,13 @@ def pad_vocab(weight):
 
 def vocab_losses(x, weight, targets, reduction="none"):
     """Cross-entropy of x (N, C) by weight (V, C) against targets (N,): (N,), or their mean."""
-    if not torch.is_grad_enabled() and len(x) > (rows := 8192 if x.is_cuda else 32):
-        parts = zip(x.split(rows), targets.split(rows), strict=True)  # for the memory, the cache
+    if not x.is_cuda and len(weight) > 4096 and CHUNKED:
+        return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=CHUNKED)
+    if not torch.is_grad_enabled() and len(x) > 8192:
+        parts = zip(x.split(8192), targets.split(8192), strict=True)  # for the memory
         losses = torch.cat([vocab_losses(part, weight, wanted) for part, wanted in parts])
     elif x.is_cuda and fused_loss_obstacle() is None:
         losses = FusedCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
-    elif torch.is_grad_enabled() and not x.is_cuda and len(weight) > 4096 and CHUNKED:
-        return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=CHUNKED)
     else:
         logits = F.linear(x, pad_vocab(weight))[:, : len(weight)]
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
