@@ -215,7 +215,7 @@ def compare_generation(model, device):
 KINDS = {
     "matmuls": ("nvjet", "gemm", "cutlass", "cublas"),
     "attention": ("sdpa", "fmha", "flash", "cudnn"),
-    "loss over the vocabulary": ("_row_loss", "_row_gradient", "nll_loss", "softmax"),
+    "loss over the vocabulary": ("_row_loss", "nll_loss", "softmax"),
     "AdamW and clipping": ("multi_tensor", "Fused", "lpnorm"),
     "all else: norms, GELU, dropout, sums, casts": ("",),
 }

@@ -291,6 +291,7 @@ def test_the_command_names_the_stand_in(run_command, corpus, capsys, monkeypatch
     monkeypatch.setattr(helpers, "prepare", lambda name, allow_stand_in: corpus)
     monkeypatch.setattr(helpers, "rank", lambda: rank)
     monkeypatch.setattr(helpers, "on_main_process", lambda make: make())
+    monkeypatch.setattr(helpers, "train_model", lambda *_, **__: SimpleNamespace(interrupted=None))
     assert run_command("shakespeare_char --max_iters 2") == 0
     assert capsys.readouterr().out.count("Tiny sentences") == lines
 
