@@ -789,9 +789,8 @@ class Run:
         self.seconds += seconds
 
     def _diverged(self, step, what):
-        lr = f"{get_lr(max(0, step - 1), self.config):.2e}"
-        text = f"At step {step} {what}, at learning rate {lr}: lower learning_rate or raise"
-        return TrainingError(f"{text} warmup_iters; the best checkpoint so far is kept.")
+        text = f"At step {step} {what}, at rate {get_lr(max(0, step - 1), self.config):.2e}: lower"
+        return TrainingError(f"{text} learning_rate or raise warmup_iters; ckpt.pt is kept.")
 
     def _checkpoint(self, state, trainer):
         facts = {"model_args": asdict(trainer.model.config), "identity": self.identity}
@@ -871,8 +870,9 @@ def train_model(
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
     Called again it resumes from the folder `out` or loads a finished run; `fresh=True` starts over.
-    A signal to end acts between two steps, once all is saved. `view(run)` is called there and after
-    evaluations; `start_from` is a checkpoint to begin with. Under torchrun all call this alike.
+    A signal to end acts between two steps, once all is saved; a crash costs `save_every` seconds.
+    `view(run)` is called there; `start_from` is a checkpoint; torchrun's processes call this alike.
+    Raises CheckpointError, TrainingError, and ValueError for what does not fit together.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
