@@ -178,6 +178,17 @@ def describe_machine(precision):
     return {"device": device, "precision": precision.reason} | versions
 
 
+def get_lr(step, config):
+    """Learning rate of a step: linear warm-up, then cosine decay to `min_lr` at the end."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+
+
 # ----- several processes (torchrun) -----
 def rank():
     """Number of this process among those that train together; 0, the main one, when alone."""
@@ -241,18 +252,6 @@ def shard(starts):
     if batch % n == 0:
         return starts[:, :, rank() :: n]
     raise ValueError(f"Make batch_size or gradient_accumulation_steps a multiple of {n} processes.")
-
-
-# ----- learning rate -----
-def get_lr(step, config):
-    """Learning rate of a step: linear warm-up, then cosine decay to `min_lr` at the end."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if not config.decay_lr:
-        return config.learning_rate
-    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
 # ----- evaluation -----
@@ -413,8 +412,7 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint, file)
     except RuntimeError as error:  # a DataError, or torch's way to pass on that a write failed
         why = reason(error.__cause__ or error.__context__ or error).splitlines()[0]
-        why = f"{path} cannot be written ({why}): make room, or choose another folder."
-        raise CheckpointError(why) from None
+        raise CheckpointError(f"{path} cannot be written ({why}): make room there.") from None
 
 
 def verified(path):
@@ -762,10 +760,8 @@ class Run:
         return not evaluated and (self.step % self.config.eval_interval == 0 or self.finished)
 
     def evaluate(self, trainer):
-        losses = {
-            f"{split}_loss": estimate_loss(trainer.model, tokens, self.config, trainer.precision)
-            for split, tokens in trainer.tokens.items()
-        }
+        how, splits = (self.config, trainer.precision), trainer.tokens.items()
+        losses = {f"{name}_loss": estimate_loss(trainer.model, s, *how) for name, s in splits}
         if not all(map(math.isfinite, losses.values())):
             raise self._diverged(self.step, f"the estimates are {losses}")
         since = self.last["iter"] if self.history["evals"] else 0
@@ -848,6 +844,8 @@ class Run:
         return found.get("last"), kept.get("best_val_loss"), kept.get("iter_num", 0)
 
     def load(self, which="best", device="cpu"):
+        if self.history["evals"] and self.step < self.kept_until:
+            raise CheckpointError(f"{self.paths[which]} is not yet this run's: train on first.")
         return load_model(self.paths[which], device, self.data, self.identity)
 
     def end(self, trainer):
@@ -856,8 +854,11 @@ class Run:
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
         if not self.finished:
-            text = "interrupted and saved: run this again to resume; the cells below now go on with"
-            text += " this partial run unless stopped once more"
+            text = (
+                "interrupted and saved: run this again, without fresh, to resume; the cells below"
+            )
+            text += " go on with this partial run unless stopped once more"
+            text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
@@ -871,8 +872,7 @@ def train_model(
 
     Called again it resumes from the folder `out` or loads a finished run; `fresh=True` starts over.
     A signal to end acts between two steps, once all is saved; a crash costs `save_every` seconds.
-    `view(run)` is called there; `start_from` is a checkpoint; torchrun's processes call this alike.
-    Raises CheckpointError, TrainingError, and ValueError for what does not fit together.
+    `view(run)` is called there. Raises CheckpointError, TrainingError and ValueError.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
@@ -992,7 +992,7 @@ def main(arguments=None):
             print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: run the command again to resume from what was saved.", file=sys.stderr)
+        print("stopped: run it again, without --fresh, to resume what was saved.", file=sys.stderr)
         return 130
 
 

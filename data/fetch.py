@@ -195,8 +195,8 @@ def _places(source: Source, raw: Path):
 def fetch(source: Source, raw: Path, target: Path | None = None) -> tuple[Path, str]:
     """Bring one raw file to `target` (default: its place under `raw`); return path and origin.
 
-    The origin is "data/raw", "DATA_MIRROR", a host or a package: never a path. WrongBytes if the
-    mirror holds a wrong file, since whoever set it wants that one; Unavailable, with what each
+    The origin is "data/raw", "DATA_MIRROR", a host or a package: never a path. WrongBytes if one of
+    the first two holds another file, which somebody wanted there; Unavailable, with what each
     place gave, if none has it.
     """
     target = target or raw / source.path
@@ -208,8 +208,8 @@ def fetch(source: Source, raw: Path, target: Path | None = None) -> tuple[Path, 
             save(chunks, target, source, address)
             return target, origin
         except (Unavailable, WrongBytes) as error:
-            if origin == "DATA_MIRROR" and isinstance(error, WrongBytes):
-                raise WrongBytes(f"{error}: replace the file or unset DATA_MIRROR.") from None
+            if origin in ("data/raw", "DATA_MIRROR") and isinstance(error, WrongBytes):
+                raise WrongBytes(f"{error}: move it away, or unset DATA_MIRROR.") from None
             failures.append(str(error))
     raise Unavailable(
         f"{source.path} cannot be had: put it and its set's other files (see data/README.md) under "

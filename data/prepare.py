@@ -89,7 +89,8 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     root = Path(root)
     folder = root / _set_name(source, name, tokenizer)
     files = _find_files(source)
-    _check_folder(folder, files)
+    if any(folder.resolve() in file.resolve().parents for file in files):
+        raise DataError(f"{folder} holds the text itself: choose another name for its set.")
     digest, chars, length = _survey(files)
     texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
@@ -100,15 +101,15 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     return _open_or_make(folder, texts, made, facts)
 
 
-def _check_folder(folder, files):
-    """DataError if an own text's folder holds the text itself, or what is no set of its name."""
-    holds_text = any(folder.resolve() in file.resolve().parents for file in files)
-    foreign = os.path.exists(folder / "train.bin") and not os.path.exists(folder / ".lock")
+def _check_folder(folder):
+    """DataError if a folder holds what is no set of its name."""
+    found = [os.path.exists(folder / name) for name in ("meta.json", "train.bin", "val.bin")]
+    foreign = any(found) and not os.path.exists(folder / ".lock")  # which preparing leaves
     with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
         foreign = read_meta(folder)["name"] != folder.name
-    if holds_text or foreign:
+    if foreign:
         text = f"{folder} holds files that are not the set {folder.name}'s"
-        raise DataError(f"{text}: choose another name for the set of your text.")
+        raise DataError(f"{text}: move them away, or choose another name for your text.")
 
 
 def _open_or_make(folder, texts, tokenizer, facts):
@@ -116,6 +117,7 @@ def _open_or_make(folder, texts, tokenizer, facts):
     wanted = {"source_sha256": facts["source_sha256"], "tokenizer": tokenizer.name}
     if data := _intact(folder, wanted):
         return data
+    _check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -340,7 +342,7 @@ def write_set(folder, texts, tokenizer, facts):
 
     `texts` are (split, text) pairs, a split's own in a row; `facts` are meta.json's other fields.
     """
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed; the lock is ours
+    for leftover in folder.glob(f".*.{'?' * 32}.tmp"):  # of a process that was killed
         leftover.unlink(missing_ok=True)
     entries = dict.fromkeys(["train", "val"], {"tokens": 0, "words": 0, "lines": 0})  # at least
     with contextlib.ExitStack() as stack:

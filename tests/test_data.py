@@ -137,10 +137,12 @@ def server():
 def test_mirror_folder_is_copied_and_then_not_needed(tmp_path, monkeypatch):
     source = source_of(CONTENT)
     put(tmp_path / "mirror", source.path, CONTENT)
-    put(tmp_path / "raw", source.path, CONTENT[:50])  # damaged
-    with refused(sha256(CONTENT[:50]), error=Unavailable):
-        fetch(source, tmp_path / "raw")
     monkeypatch.setenv("DATA_MIRROR", str(tmp_path / "mirror"))
+    other = put(tmp_path / "raw", source.path, CONTENT[:50])  # damaged, or somebody's own
+    with refused(sha256(CONTENT[:50]), "move it away", error=WrongBytes):
+        fetch(source, tmp_path / "raw")
+    assert other.read_bytes() == CONTENT[:50]
+    other.unlink()
     path, origin = fetch(source, tmp_path / "raw")
     assert (path, origin) == (tmp_path / "raw" / source.path, "DATA_MIRROR")
     assert path.read_bytes() == CONTENT
@@ -439,7 +441,7 @@ def test_interrupt_at_each_file_leaves_nothing_half_made(own, tmp_path, monkeypa
         own(play())
     with contextlib.suppress(DataError):
         assert text_of(load(tmp_path / "mine")) == older
-    put(tmp_path, "mine/.train.bin.0123.tmp", "left by kill -9")
+    put(tmp_path, f"mine/.train.bin.{'0' * 32}.tmp", "left by kill -9")
     assert text_of(own(play())) == play() and files_under(tmp_path / "mine") == SET
 
 
@@ -528,6 +530,7 @@ def test_link_that_leads_nowhere_is_named(own, tmp_path, source):
 FOREIGN = {"linked": lambda mine, other: mine.symlink_to(other)}
 FOREIGN |= {"copied": lambda mine, other: shutil.copytree(other, mine)}
 FOREIGN |= {"nanoGPT's": lambda mine, other: put(mine, "train.bin", "tokens")}
+FOREIGN |= {"somebody's": lambda mine, other: put(mine, "meta.json", '{"mine": 1}')}
 FOREIGN |= {"the text's": lambda mine, other: put(mine, "a.txt", play())}
 
 
@@ -540,6 +543,22 @@ def test_own_text_is_never_written_over_something_else(own, tmp_path, kind):
     with refused(f"{mine} holds", "choose another name"):
         prepare_text(source, "mine", "char", tmp_path)
     assert {path: path.read_bytes() for path in mine.iterdir()} == before
+
+
+def test_set_is_never_written_over_another_s_files(tmp_path):
+    other = put(tmp_path / "stand_in_char", "val.bin", "tokens")
+    with refused(f"{other.parent} holds", "move them away"):
+        prepare("shakespeare_char", allow_stand_in=True, root=tmp_path)
+    assert other.read_text() == "tokens" and len(list(other.parent.iterdir())) == 1
+
+
+def test_preparing_removes_its_own_leftovers_alone(own):
+    folder = own(play(50)).folder
+    draft, leftover = folder / ".draft.tmp", folder / f".val.bin.{'0' * 32}.tmp"
+    for path in (draft, leftover):
+        path.write_text("text")
+    own(play(60))
+    assert draft.exists() and not leftover.exists()
 
 
 @pytest.mark.parametrize("name", ["shakespeare", "raw", "all", "../up", "", "a/b", "x" * 70])

@@ -487,8 +487,10 @@ def test_best_checkpoint_of_a_step_after_the_last_is_kept(corpus, finished, tmp_
             train(corpus, tmp_path, view=fails, save_every=1000)
         best = contents(tmp_path)["ckpt.pt"]
         for step in (EVERY + 1, saved(tmp_path, "ckpt.pt")["iter_num"] - 1):
-            train(corpus, tmp_path, view=base.stop(step))
+            run = train(corpus, tmp_path, view=base.stop(step))
             assert contents(tmp_path)["ckpt.pt"] == best, f"replaced by step {step}"
+            with pytest.raises(CheckpointError, match="not yet this run's"):
+                run.load()
         resumes_to_the_same_end(corpus, tmp_path, finished)
 
 
@@ -510,6 +512,14 @@ def test_run_whose_first_step_fails_leaves_the_old_one(
     with fault("first step of a fresh run fails"):
         way = partial(train, corpus, copied, replace(CONFIG, seed=1), fresh=True)
         refused(way, kind=TrainingError, unchanged=copied)
+
+
+def test_fresh_run_that_stops_before_its_first_step_saved_nothing_and_loads_nothing(corpus, copied):
+    before = contents(copied)
+    run = train(corpus, copied, replace(CONFIG, seed=1), fresh=True, view=base.stop(0))
+    assert contents(copied) == before and "before anything was saved" in run.status
+    with pytest.raises(CheckpointError, match="not yet this run's"):
+        run.load()
 
 
 FORMS = {"pickle": pickle.dumps, "torch zip": torch_file}
