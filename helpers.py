@@ -871,8 +871,8 @@ def train_model(
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
     Called again it resumes from the folder `out` or loads a finished run; `fresh=True` starts over.
-    A signal to end acts between two steps, once all is saved; a crash costs `save_every` seconds.
-    `view(run)` is called there. Raises CheckpointError, TrainingError and ValueError.
+    A signal to end acts between two steps, once all is saved; a crash costs `save_every` seconds
+    and an evaluation interval. Raises CheckpointError, TrainingError and ValueError.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
@@ -953,16 +953,16 @@ def print_progress(run):
 
 def train_command(options, device):
     """Trains as the notebook's cell does, to the same folder; returns the Run."""
-    preset, name = choose_preset(options.preset), options.dataset
+    preset, name = choose_preset(options.preset), options.dataset.rstrip("/")
     config = preset.shakespeare if name == "shakespeare_char" else preset.wikitext2
     config = replace(config, **{k: v for k, v in vars(options).items() if hasattr(config, k)})
     if name in NAMES:  # made by the main process alone; on other hosts the set must be there
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
-    if name != options.dataset and not rank():
+    if name != options.dataset.rstrip("/") and not rank():
         print(f"{options.dataset} cannot be had (see data/README.md); instead: {data.title}")
-    folder, view = options.out or out_folder(data.name), None if rank() else print_progress
+    folder, view = options.out or out_folder(data.folder.name), None if rank() else print_progress
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
     how = {"fresh": options.fresh and not again, "start_from": options.start_from, "view": view}
     model, precision = make_model(config, data), choose_precision(device)

@@ -41,7 +41,7 @@ TOKENS = {
     "wikitext2_words": {"train": 2_088_628, "val": 217_646, "test": 245_569},
     "shakespeare_char": {"train": 1_003_854, "val": 111_540},
 }
-NAMES = tuple(TOKENS)
+NAMES, BINS = tuple(TOKENS), ("train.bin", "val.bin", "test.bin")
 STAND_INS = dict(zip(NAMES, ("stand_in_gpt2", "stand_in_words", "stand_in_char"), strict=True))
 TAKEN = (*NAMES, "shakespeare", *STAND_INS.values(), "raw", "gpt2_cache", "all")
 
@@ -103,7 +103,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
 
 def _check_folder(folder):
     """DataError if a folder holds what is no set of its name."""
-    found = [os.path.exists(folder / name) for name in ("meta.json", "train.bin", "val.bin")]
+    found = [os.path.exists(folder / name) for name in ("meta.json", *BINS)]
     foreign = any(found) and not os.path.exists(folder / ".lock")  # which preparing leaves
     with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
         foreign = read_meta(folder)["name"] != folder.name
@@ -174,8 +174,7 @@ def _stand_in(name, root):
     texts, tokenizer = [text[a:b] for a, b in pairwise([0, *cuts])], _alphabet(text)
     if name != "shakespeare_char":  # rare words become UNK in the text, as in WikiText-2 itself
         known = _vocabulary(texts[0]).ids
-        rare = re.compile(r"\S+")
-        texts = [rare.sub(lambda m: m[0] if m[0] in known else UNK, part) for part in texts]
+        texts = [re.sub(r"\S+", lambda m: m[0] if m[0] in known else UNK, t) for t in texts]
     if name == "wikitext2_words":
         tokenizer = _vocabulary(texts[0])
     if name == "wikitext2":
@@ -356,8 +355,9 @@ def write_set(folder, texts, tokenizer, facts):
         meta |= {"dtype": "uint16", "tokenizer": tokenizer.name, "splits": entries}
         meta |= {"vocab_size": tokenizer.vocab_size, **tokenizer.vocabulary}
         outs[0].write(json.dumps(sealed(meta), indent=1).encode())
-        for out in outs:  # a full disk is known before the first file gets its name
+        for out in outs:  # all are on the disk before the first one gets its name
             out.flush()
+            os.fsync(out.fileno())
 
 
 def _check_sizes(name, entries):
@@ -442,7 +442,7 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: nothing half-made is left; run the command again.", file=sys.stderr)
+        print("stopped: run the command again.", file=sys.stderr)
         return 130
     return 0
 

@@ -9,12 +9,14 @@ function that its first argument names.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -294,6 +296,18 @@ def test_the_command_names_the_stand_in(run_command, corpus, capsys, monkeypatch
     monkeypatch.setattr(helpers, "train_model", lambda *_, **__: SimpleNamespace(interrupted=None))
     assert run_command("shakespeare_char --max_iters 2") == 0
     assert capsys.readouterr().out.count("Tiny sentences") == lines
+
+
+def test_the_folder_s_name_counts_and_a_slash_behind_it_does_not(
+    run_command, corpus, tmp_path, monkeypatch
+):
+    trained = Mock(return_value=SimpleNamespace(interrupted=None))
+    monkeypatch.setattr(helpers, "train_model", trained)
+    monkeypatch.setattr(helpers, "ROOT", tmp_path / "own")
+    shutil.copytree(corpus.folder, tmp_path / "own/kept")
+    for name in ("kept", "kept/"):
+        assert run_command(name) == 0
+        assert trained.call_args.args[3].name == "out-kept-test"
 
 
 REFUSED = {
