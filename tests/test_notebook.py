@@ -181,6 +181,7 @@ def test_learning_at_rate_0_saves_nothing(cells, corpus, lively):
     model = lively(corpus.vocab_size, block_size=16, scale=0.2)
     given = {"improved": [[SimpleNamespace(load=lambda *_: model)] * 2], "better_sets": [corpus]}
     given |= {"names": ["tiny"], "excerpt": None, "precision": choose_precision("cpu")}
+    given["preset"] = SimpleNamespace(evaluate_all=True)
     ids = "losses", "figures", "dynamic-losses", "improved-losses", "label", "dynamic-curve"
     rates = (lambda *_: 0), (lambda *_: 0.003)
     none, some = (cells(*ids, **given, choose_rate=rate)["rows"][0] for rate in rates)
@@ -248,7 +249,7 @@ def test_line_under_the_cell_says_what_a_stop_means(copy):
         "    if run.step == 7 and not run.status:\n        signal.raise_signal(signal.SIGINT)\n"
     )
     edit(copy, "train-wikitext", "run_text =", f"import signal\n{stopping}run_text =")
-    edit(copy, "train-wikitext", "view=view", "view=stopping")
+    edit(copy, "train-wikitext", "fresh, view)", "fresh, stopping)")
     notebook = nbformat.read(copy / "test.ipynb", as_version=4)
     (last,) = [n for n, cell in enumerate(notebook.cells) if cell.id == "history-wikitext"]
     notebook.cells = notebook.cells[: last + 1]
