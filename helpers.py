@@ -479,6 +479,8 @@ def load_model(path, device="cpu", data=None, identity=None):
         model = GPT(config)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         text = f"{path} does not fit its own description ({' '.join(str(error).split())[:200]})"
         raise CheckpointError(f"{text}: {FRESH if identity else 'choose another file'}.") from None
     known = VOCABULARY | data.tokenizer.vocabulary if data else {}
@@ -854,10 +856,8 @@ class Run:
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
         if not self.finished:
-            text = (
-                "interrupted and saved: run this again, without fresh, to resume; the cells below"
-            )
-            text += " go on with this partial run unless stopped once more"
+            text = "interrupted and saved: run this again, without fresh, to resume; the cells"
+            text += " below go on with this partial run unless stopped once more"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
@@ -953,14 +953,14 @@ def print_progress(run):
 
 def train_command(options, device):
     """Trains as the notebook's cell does, to the same folder; returns the Run."""
-    preset, name = choose_preset(options.preset), options.dataset.rstrip("/")
+    preset, name = choose_preset(options.preset), str(options.dataset)
     config = preset.shakespeare if name == "shakespeare_char" else preset.wikitext2
     config = replace(config, **{k: v for k, v in vars(options).items() if hasattr(config, k)})
     if name in NAMES:  # made by the main process alone; on other hosts the set must be there
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
-    if name != options.dataset.rstrip("/") and not rank():
+    if name != str(options.dataset) and not rank():
         print(f"{options.dataset} cannot be had (see data/README.md); instead: {data.title}")
     folder, view = options.out or out_folder(data.folder.name), None if rank() else print_progress
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
@@ -972,7 +972,7 @@ def train_command(options, device):
 def main(arguments=None):
     """`python helpers.py wikitext2`; returns the exit status, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description="Train on a data set, also under torchrun.")
-    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a folder's name under data/")
+    parser.add_argument("dataset", type=Path, help=f"{', '.join(NAMES)}, or a folder in data/")
     parser.add_argument("--preset", choices=PRESETS, help="default: full with CUDA, else quick")
     parser.add_argument("--fresh", action="store_true", help="start over where a run exists")
     parser.add_argument("--out", type=Path, help="the run's folder (default: the notebook's)")
