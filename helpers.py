@@ -415,23 +415,16 @@ def save_checkpoint(path, checkpoint):
         raise CheckpointError(f"{path} cannot be written ({why}): make room there.") from None
 
 
-def verified(path):
-    """A file of torch.save in memory, every part with its right sum, which torch does not check."""
-    whole = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(whole, "w") as copied:
-        for part in archive.infolist():
-            if part.compress_type or part.compress_size != part.file_size:
-                raise zipfile.BadZipFile(f"{part.filename} is compressed")
-            copied.writestr(zipfile.ZipInfo(part.filename), archive.read(part))
-    whole.seek(0)
-    return whole
-
-
 def load_checkpoint(path, identity=None):
     """A checkpoint's plain values, never code; with an `identity`, those of this run alone."""
     advice = FRESH if identity else "choose another file"
     try:
-        checkpoint = torch.load(verified(path), map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            archive = zipfile.ZipFile(file)  # torch checks no sum, and leaves out what is a folder
+            if archive.testzip() or any(part.external_attr & 16 for part in archive.infolist()):
+                raise zipfile.BadZipFile("a part is damaged")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}): check the path.") from None
     except Exception as error:  # what is no checkpoint fails in many ways
@@ -442,19 +435,20 @@ def load_checkpoint(path, identity=None):
     if not (isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()):
         raise CheckpointError(f"{path} is no checkpoint of a GPT of this kind: {advice}.")
     there = checkpoint.get("identity")
-    differing = identity and _differing(there if isinstance(there, dict) else {}, identity)
-    if differing:
+    if differing := identity and _differing(there if isinstance(there, dict) else {}, identity):
         raise CheckpointError(f"{path} belongs to another run ({differing}): {advice}.")
     return checkpoint
 
 
 def stamp(path):
-    """What changes with a file: None where there is none, an error's number where it is hidden."""
+    """What a checkpoint's content is known by: None without a file, else never false."""
     try:
-        found = os.stat(path)
-    except OSError as error:  # for which Path.exists may be False
-        return None if isinstance(error, FileNotFoundError | NotADirectoryError) else error.errno
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        with zipfile.ZipFile(path) as archive:
+            return [(part.filename, part.CRC) for part in archive.infolist()] or "nothing"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # the disk's, or what is no checkpoint
+        return reason(error)
 
 
 def _differing(there, here):
@@ -497,9 +491,8 @@ def start_weights(path, config, data):
     model, digest = load_model(path, data=data), sha256_of(path)[:16]
     if stamp(path) != before:
         raise CheckpointError(f"{path} changed while it was read: start from a copy of it.")
-    wanted = config.model_config(data.vocab_size)
-    differing = _differing(asdict(replace(model.config, dropout=wanted.dropout)), asdict(wanted))
-    if differing:
+    wanted = asdict(config.model_config(data.vocab_size))
+    if differing := _differing(asdict(replace(model.config, dropout=config.dropout)), wanted):
         raise CheckpointError(f"{path} cannot start this run ({differing}): choose another file.")
     return model.state_dict(), digest
 
@@ -734,8 +727,8 @@ class Run:
         self.best_state, self.best_is_new = None, False  # the best checkpoint; not yet in ckpt.pt
         self.saved_step, self.saved_at = None, time.monotonic()
         self.paths = {"last": self.folder / "last.pt", "best": self.folder / "ckpt.pt"}
-        self.seen = stamp(self.paths["last"])  # as this run last read or wrote it
-        self.kept_until = int(any(map(stamp, self.paths.values())))  # that step ckpt.pt stays
+        self.seen = {k: stamp(path) for k, path in self.paths.items()}  # as last read or written
+        self.kept_until = int(any(self.seen.values()))  # that step ckpt.pt stays
 
     @property
     def step(self):
@@ -800,13 +793,15 @@ class Run:
         first, recent = self.saved_step is None, time.monotonic() - self.saved_at < every
         if rank() or (self.step < self.kept_until if first else recent):
             return
-        if first and self.seen:  # no ckpt.pt of before may lie beside this run's last.pt
+        self.best_is_new |= stamp(self.paths["best"]) is None  # deleted meanwhile
+        if first and self.seen["last"]:  # no ckpt.pt of before may lie beside this run's last.pt
             self.save_best()
-        if self.step != self.saved_step:
+        if self.step != self.saved_step or stamp(self.paths["last"]) is None:
             state = {"history": self.history, "seconds": self.seconds, "waited": self.waited}
             state |= {"best": self.best_state}  # whatever comes between, ckpt.pt can be made of it
+            if not all(p.isfinite().all() for p in trainer.model.parameters()):
+                raise self._diverged(self.step, "weights are not finite")
             self._write("last", self._checkpoint(trainer.state_dict() | state, trainer))
-            self.seen = stamp(self.paths["last"])
             self.saved_step, self.saved_at = self.step, time.monotonic()
         self.save_best()
 
@@ -816,10 +811,11 @@ class Run:
             self.best_is_new = False
 
     def _write(self, which, checkpoint):
-        last = self.paths["last"]
-        if stamp(last) not in (None, self.seen):
-            raise CheckpointError(f"{last} is another process's by now: choose another folder.")
+        for key, path in self.paths.items():
+            if stamp(path) not in (None, self.seen[key]):
+                raise CheckpointError(f"{path} is another process's by now: choose another folder.")
         save_checkpoint(self.paths[which], checkpoint)
+        self.seen[which] = stamp(self.paths[which])
 
     def restore(self, trainer):
         saved, kept_loss, kept_step = on_main_process(self._saved_state)
@@ -856,8 +852,8 @@ class Run:
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
         if not self.finished:
-            text = "interrupted and saved: run this again, without fresh, to resume; the cells"
-            text += " below go on with this partial run unless stopped once more"
+            text = "interrupted and saved: run this again, without fresh, to resume; what follows"
+            text += " goes on with this partial run unless stopped once more"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
@@ -871,8 +867,8 @@ def train_model(
     """Trains a model of this shape from its seed's initial weights; returns the Run.
 
     Called again it resumes from the folder `out` or loads a finished run; `fresh=True` starts over.
-    A signal to end acts between two steps, once all is saved; a crash costs `save_every` seconds
-    and an evaluation interval. Raises CheckpointError, TrainingError and ValueError.
+    A signal to end acts between two steps, once all is saved; a crash costs `save_every` seconds.
+    Raises CheckpointError, TrainingError and ValueError.
     """
     if model.config != config.model_config(data.vocab_size):
         raise ValueError("The model is not of this configuration and data: make it by make_model.")
@@ -918,7 +914,8 @@ def train_loop(run, trainer, view, save_every, interrupted):
         if run.finished or interrupted():
             break
         run.extend(*trainer.run_steps(run.step), scaled=trainer.scaler.is_enabled())
-        run.save(trainer, math.inf)  # only if nothing has been saved before this step
+        if not run.due_for_evaluation():  # which checks the weights, and saves them
+            run.save(trainer, save_every)
     run.save(trainer)
     all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
     run.end(trainer)
@@ -960,6 +957,9 @@ def train_command(options, device):
         stand_in = not preset.needs_real_data
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
+    differs = on_main_process(lambda: data.fingerprint) != data.fingerprint
+    if all_reduce_sum(torch.tensor(float(differs))):
+        raise DataError(f"Hosts hold different sets {name}: copy the main one's folder to all.")
     if name != str(options.dataset) and not rank():
         print(f"{options.dataset} cannot be had (see data/README.md); instead: {data.title}")
     folder, view = options.out or out_folder(data.folder.name), None if rank() else print_progress

@@ -298,6 +298,12 @@ def test_the_command_names_the_stand_in(run_command, corpus, capsys, monkeypatch
     assert capsys.readouterr().out.count("Tiny sentences") == lines
 
 
+def test_hosts_with_different_data_are_refused(run_command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(helpers, "on_main_process", lambda make: "what another host's set is")
+    assert run_command("tiny") == 1 and "sets tiny" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "elsewhere"]
+
+
 def test_the_folder_s_name_counts_and_a_slash_behind_it_does_not(
     run_command, corpus, tmp_path, monkeypatch
 ):

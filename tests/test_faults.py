@@ -391,7 +391,7 @@ def test_bit_flipped_in_each_entry_of_the_archive(corpus, copied, fault, name, o
         place += 46 + len(part.filename) + len(part.extra)
     path.write_bytes(damaged)
     with fault("bits flipped in a checkpoint"):
-        assert unchanged_or_refused(corpus, copied, name, good) == (bit == 8)
+        assert unchanged_or_refused(corpus, copied, name, good), "read nevertheless"
 
 
 OLD_FORMAT = {"_use_new_zipfile_serialization": False}
@@ -743,6 +743,25 @@ def test_run_of_another_process_is_not_overwritten(corpus, tmp_path, fault, seed
         for name in FILES:
             assert saved(tmp_path, name)["identity"]["seed"] == seed
         assert saved(tmp_path)["iter_num"] == STEPS
+
+
+@each("name", FILES)
+@each("change", ["touched", "removed", "another's"])
+def test_file_that_changes_during_the_run(corpus, finished, tmp_path, fault, name, change):
+    """A new date means nothing, what was deleted is written again, what is another's stays."""
+    folder, other = tmp_path / "out", tmp_path / "other"
+    train(corpus, other, replace(CONFIG, seed=1))
+    acts = {"touched": lambda: os.utime(folder / name, (1, 1)), "removed": (folder / name).unlink}
+    act = acts.get(change, lambda: shutil.copy(other / name, folder))
+    seconds = 0 if change == "removed" else 1000  # all is saved before, or nothing
+    start = partial(train, corpus, folder, view=at(STEPS, act), save_every=seconds)
+    with fault("a file of the run touched, removed or replaced while it trains"):
+        if change == "another's":
+            refused(start, name, "another folder")
+            assert (folder / name).read_bytes() == (other / name).read_bytes()
+        else:
+            start()
+            assert_same_files(folder, finished)
 
 
 @each("kind", ["the same run", "two runs"])
