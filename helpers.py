@@ -259,7 +259,7 @@ def estimate_loss(model, tokens, config, precision):
     """Mean loss in nats per token over `eval_iters` random batches, always the same: for curves."""
     starts = sample_starts(len(tokens), config, -1, config.eval_iters).flatten()
     own = starts[rank() :: world_size()].to(precision.device)
-    parts = own.split(max(1, 16384 // config.block_size))
+    parts = own.split(max(1, (65536 if own.is_cuda else 16384) // config.block_size))
     with evaluating(model), precision.autocast():
         batches = (get_batch(tokens, part, config.block_size) for part in parts)
         total = sum(model.token_losses(x, y).sum(dtype=torch.float64) for x, y in batches)

@@ -200,22 +200,17 @@ class GPT(nn.Module):
         parts |= {"drop": nn.Dropout(config.dropout), "h": layers, "ln_f": make_norm(config)}
         self.transformer = nn.ModuleDict(parts)
         self.pointer = PointerHead(config) if config.pointer else None
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied (Press and Wolf 2017)
-        self.apply(self._init_weights)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017)
+        for name, parameter in self.named_parameters():
+            # 2 * n_layer layers add to the residual stream: its variance must not grow with depth
+            layers = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(layers))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         if config.pointer:  # at most 27% of the probability are copies at first
             nn.init.constant_(self.pointer.sentinel.bias, math.log(config.block_size) + 1)
-        # 2 * n_layer layers add to the residual stream: its variance must not grow with depth
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
-
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; like nanoGPT's, without the position embedding unless asked for."""
