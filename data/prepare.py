@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice, pairwise
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -92,7 +92,8 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     if any(folder.resolve() in file.resolve().parents for file in files):
         raise DataError(f"{folder} holds the text itself: choose another name for its set.")
     digest, chars, length = _survey(files)
-    texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
+    texts = _read("encoding", files, hashlib.sha256(), wanted=digest)
+    texts = _split_at(length * 9 // 10, length // 20, texts)
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
     facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
     facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
@@ -275,16 +276,6 @@ def _walk(folder, seen):
             yield from _walk(path, seen) if path.is_dir() else [path]
 
 
-def _texts(files):
-    """Yield the text of all files in order, each but the last ended by a line end."""
-    part = "\n"
-    for path in files:
-        if part[-1] != "\n":
-            yield "\n"
-        for part in _parts(path):
-            yield part
-
-
 def _parts(path):
     """Yield the text of a file, at most PIECE characters at a time."""
     with _readable(path), open(path, encoding="utf-8", newline="") as file:
@@ -308,23 +299,23 @@ def _survey(files):
     return digest.hexdigest(), "".join(chars), length
 
 
-def _unchanged(files, sha256):
-    """The texts once more; DataError at the end unless they are still what was surveyed."""
-    digest = hashlib.sha256()
-    yield from _read("encoding", files, digest)
-    if digest.hexdigest() != sha256:
-        raise DataError("The text changed while it was read: prepare it again once it stays.")
+def _read(what, files, digest, wanted=None):
+    """Yield the text of all files in order, each but the last ended by a line end, and sum it.
 
-
-def _read(what, files, digest):
-    """The texts, summed, under a bar: in a terminal, silence in logs and in notebooks."""
-    total = sum(files.values())
+    There is a bar in a terminal, silence in logs and in notebooks. DataError at the end if another
+    sum was `wanted`.
+    """
+    total, text = sum(files.values()), "\n"
     with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for text in _texts(files):
-            content = text.encode()
-            digest.update(content)
-            bar.update(len(content))
-            yield text
+        for path in files:
+            before = [] if text[-1] == "\n" else ["\n"]
+            for text in chain(before, _parts(path)):
+                content = text.encode()
+                digest.update(content)
+                bar.update(len(content))
+                yield text
+    if wanted and digest.hexdigest() != wanted:
+        raise DataError("The text changed while it was read: prepare it again once it stays.")
 
 
 def openings(data, count=3):
