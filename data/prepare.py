@@ -86,9 +86,9 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     """
     if tokenizer not in ("gpt2", "char"):
         raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
-    root = Path(root)
-    folder = root / _set_name(source, name, tokenizer)
-    files = _find_files(source)
+    root, files = Path(root), _find_files(source)
+    path = Path(os.path.abspath(source))  # "." has no name of its own
+    folder = root / _set_name(path, name, tokenizer)
     if any(folder.resolve() in file.resolve().parents for file in files):
         raise DataError(f"{folder} holds the text itself: choose another name for its set.")
     digest, chars, length = _survey(files)
@@ -96,7 +96,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     texts = _split_at(length * 9 // 10, length // 20, texts)
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
     facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
-    facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
+    facts |= {"source": path.name, "source_sha256": {"text": digest}}
     facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
     facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
     return _open_or_make(folder, texts, made, facts)
@@ -225,14 +225,15 @@ def _split_at(cut, reach, texts):
 
 
 # ----- your own text -----
-def _set_name(source, name, tokenizer):
-    """The set's name: as given, or made from the source's. ValueError for one that cannot be."""
+def _set_name(path, name, tokenizer):
+    """The set's name: as given, or made from its path. ValueError for one that cannot be."""
     if name is None:
-        stem = re.sub(r"[^\w-]+", "_", Path(source).stem).strip("_") or "own"
-        name = stem[:50] + "_char" * (tokenizer == "char")
+        stem = path.name if path.is_dir() else path.stem
+        name = re.sub(r"[^\w-]+", "_", stem).strip("_") or "own"
+        name += "_char" * (tokenizer == "char")
     if not re.fullmatch(r"\w[\w.-]{,59}", name) or name in TAKEN:
-        text = f"A set cannot be called {name!r}: give at most 60 letters, digits, - and _"
-        raise ValueError(f"{text}, but none of {', '.join(TAKEN)}.")
+        text = f"A set cannot be called {name!r}: give a name (--name, in Python name=) of at most"
+        raise ValueError(f"{text} 60 letters, digits, - and _, but none of {', '.join(TAKEN)}.")
     return name
 
 

@@ -568,11 +568,24 @@ def test_names_that_are_taken_or_no_folder_s(own, name):
 
 
 def test_name_comes_from_the_source(tmp_path):
-    source = put(tmp_path, "my notes.v2" + "é" * 99 + ".txt", play())
+    source = put(tmp_path, "my notes.v2" + "é" * 44 + ".txt", play())
     data = prepare_text(source, tokenizer="char", root=tmp_path)
-    assert data.name == data.title == data.folder.name == "my_notes_v2" + "é" * 39 + "_char"
+    assert data.name == data.title == data.folder.name == "my_notes_v2" + "é" * 44 + "_char"
     with refused("'shakespeare'", "letters, digits", error=ValueError):
         prepare_text(put(tmp_path, "shakespeare.txt", play()), root=tmp_path)
+    for end in "ab":
+        source = put(tmp_path, "a chapter of the same book " * 3 + end + ".txt", play())
+        with refused("of_the_same_book_" + end, "--name", "name=", "60", error=ValueError):
+            prepare_text(source, tokenizer="char", root=tmp_path)
+
+
+@pytest.mark.parametrize("source", ["book.v2", ".", "..", "../book.v2/.", "below/.."])
+def test_folder_gives_its_whole_name(tmp_path, monkeypatch, source):
+    put(tmp_path, "book.v2/below/one.txt", play())
+    place = {"book.v2": tmp_path, "..": tmp_path / "book.v2/below"}
+    monkeypatch.chdir(place.get(source, tmp_path / "book.v2"))
+    data = prepare_text(source, tokenizer="char", root=tmp_path)
+    assert (data.name, data.meta["source"]) == ("book_v2_char", "book.v2")
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 20])
