@@ -81,8 +81,9 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
 
     `source` is a UTF-8 file, a folder (all files in it and below, hidden ones left out) or a glob
     pattern; files follow one another by path, each but the last ended by a line end. `tokenizer`
-    is "gpt2" or "char". The set is called `name`, or after the source; another own text of this
-    name is replaced.
+    is "gpt2" or "char". The set is called `name` and replaces another own text's of this name;
+    without a name it is called after the source, and replaces only one from the same place.
+    DataError says why a text cannot be used, ValueError why a name or a tokenizer cannot.
     """
     if tokenizer not in ("gpt2", "char"):
         raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
@@ -91,29 +92,39 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     folder = root / _set_name(path, name, tokenizer)
     if any(folder.resolve() in file.resolve().parents for file in files):
         raise DataError(f"{folder} holds the text itself: choose another name for its set.")
-    digest, chars, length = _survey(files)
-    texts = _read("encoding", files, hashlib.sha256(), wanted=digest)
+    digest, chars, length = hashlib.sha256(), set(), 0
+    for text in _read("reading", files, digest):
+        chars.update(text)
+        length += len(text)
+    texts = _read("encoding", files, hashlib.sha256(), wanted=digest.hexdigest())
     texts = _split_at(length * 9 // 10, length // 20, texts)
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
     facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
-    facts |= {"source": path.name, "source_sha256": {"text": digest}}
+    facts |= {"source": path.name, "source_sha256": {"text": digest.hexdigest()}}
+    facts["place"] = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]  # tells no path
     facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
     facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
-    return _open_or_make(folder, texts, made, facts)
+    return _open_or_make(folder, texts, made, facts, None if name else facts["place"])
 
 
-def _check_folder(folder):
-    """DataError if a folder holds what is no set of its name."""
+def _check_folder(folder, wanted=(), place=None):
+    """DataError if a folder holds no set of its name, or an un`wanted` one of another `place`."""
     found = [os.path.exists(folder / name) for name in ("meta.json", *BINS)]
-    foreign = any(found) and not os.path.exists(folder / ".lock")  # which preparing leaves
+    foreign, meta = any(found) and not os.path.exists(folder / ".lock"), {}  # preparing leaves it
     with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
-        foreign = read_meta(folder)["name"] != folder.name
+        meta = read_meta(folder)
+        foreign = meta["name"] != folder.name
     if foreign:
         text = f"{folder} holds files that are not the set {folder.name}'s"
         raise DataError(f"{text}: move them away, or choose another name for your text.")
+    if place and meta.get("place", place) != place and meta != meta | wanted:
+        text = f"{folder} holds another text, from another place: give yours a name of its own"
+        raise DataError(
+            f"{text} (--name, in Python name=), or {folder.name!r} to replace that one."
+        )
 
 
-def _open_or_make(folder, texts, tokenizer, facts):
+def _open_or_make(folder, texts, tokenizer, facts, place=None):
     """The set in `folder` if it is the same; else it is made, by one process at a time."""
     wanted = {"source_sha256": facts["source_sha256"], "tokenizer": tokenizer.name}
     if data := _intact(folder, wanted):
@@ -123,6 +134,7 @@ def _open_or_make(folder, texts, tokenizer, facts):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not _intact(folder, wanted):  # another process may have made it meanwhile
+                _check_folder(folder, wanted, place)
                 write_set(folder, texts, tokenizer, facts)
             return load(folder)  # before another process replaces it by another text
     except OSError as error:
@@ -291,22 +303,9 @@ def _parts(path):
             raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
 
 
-def _survey(files):
-    """The text's SHA-256, its different characters, and their number in all."""
-    digest, chars, length = hashlib.sha256(), set(), 0
-    for text in _read("reading", files, digest):
-        chars.update(text)
-        length += len(text)
-    return digest.hexdigest(), "".join(chars), length
-
-
 def _read(what, files, digest, wanted=None):
-    """Yield the text of all files in order, each but the last ended by a line end, and sum it.
-
-    There is a bar in a terminal, silence in logs and in notebooks. DataError at the end if another
-    sum was `wanted`.
-    """
-    total, text = sum(files.values()), "\n"
+    """Yield all files' text in order, each but the last ended by a line end; check its sum."""
+    total, text = sum(files.values()), "\n"  # a bar in a terminal, silence in logs and notebooks
     with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for path in files:
             before = [] if text[-1] == "\n" else ["\n"]

@@ -35,7 +35,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import fetch as fetching
 from data import prepare as preparing
-from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer, load
+from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer, load, sealed
 from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Source, Unavailable, WrongBytes, fetch
 from data.prepare import NAMES, main, openings, prepare, prepare_alike, prepare_text, write_set
 
@@ -424,6 +424,30 @@ def test_same_text_is_used_as_it_is_and_another_replaces_it(own):
     assert np.array_equal(first.splits["train"], tokens), "tokens changed under their reader"
     (first.folder / "val.bin").write_bytes(b"")
     assert text_of(own(play())) == play() and files_under(first.folder) == SET
+
+
+def test_name_made_from_the_source_replaces_only_a_text_from_the_same_place(tmp_path, monkeypatch):
+    here, there = (put(tmp_path, f"{folder}/notes.txt", play()) for folder in "ab")
+    texts = functools.partial(prepare_text, tokenizer="char", root=tmp_path)
+    first = texts(here)
+    assert texts(there).meta == first.meta and str(tmp_path) not in json.dumps(first.meta)
+    put(first.folder, "val.bin", "")
+    assert texts(there).fingerprint == first.fingerprint  # the same text still, though damaged
+    put(tmp_path, "b/notes.txt", play(50))
+    texts(there, "ours")
+    before = texts(there, "notes_char").meta
+    with refused(
+        "notes_char holds another text", "--name", "name=", "'notes_char' to replace that"
+    ):
+        texts(here)
+    assert load(first.folder).meta == before
+    put(tmp_path, "b/notes.txt", play(60))
+    monkeypatch.chdir(tmp_path / "a")
+    assert text_of(texts("../b/notes.txt")) == play(60)
+    assert re.fullmatch("[0-9a-f]{16}", load(first.folder).meta["place"])
+    old = {key: value for key, value in load(first.folder).meta.items() if key != "place"}
+    put(first.folder, "meta.json", json.dumps(sealed(old)))  # from before sets had a place
+    assert text_of(texts("notes.txt")) == play()
 
 
 @pytest.mark.parametrize("older", ["", play(30)], ids=["new", "over another"])
