@@ -33,6 +33,7 @@ from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Unavailable, atomic_wr
 ROOT = Path(__file__).resolve().parent
 PIECE = 1 << 18  # characters read, and about as many encoded, at a time
 LONGEST = 1 << 25  # characters without a blank that GPT-2's encoding can hold in memory
+BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 LAST_VISIBLE = re.compile(r"(?s).*\S(?=[ \n])")  # up to the last place where `_pieces` may cut
 
 # Another count than these means another text or tokenizer than the published figures have.
@@ -97,13 +98,13 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
         chars.update(text)
         length += len(text)
     texts = _read("encoding", files, hashlib.sha256(), wanted=digest.hexdigest())
-    texts = _split_at(length * 9 // 10, length // 20, texts)
+    texts = _split_at(length * 9 // 10, min(length // 20, LONGEST), texts)
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
     facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
     facts |= {"source": path.name, "source_sha256": {"text": digest.hexdigest()}}
     facts["place"] = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]  # tells no path
-    facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
-    facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
+    rule = "90% of the characters train, the rest validates; cut at the next blank line, else"
+    facts["split_rule"] = f"{rule} line end, within 5% or {LONGEST:,} characters, else there"
     return _open_or_make(folder, texts, made, facts, None if name else facts["place"])
 
 
@@ -222,18 +223,22 @@ def _vocabulary(text):
 def _split_at(cut, reach, texts):
     """Yield ("train", text) for the first `cut` characters, then ("val", text).
 
-    A blank line's or else a line's end in the piece's next `reach` characters moves the cut there.
+    A blank line's or else a line's end in the next `reach` characters moves the cut there.
     """
+    texts, near = iter(texts), ""
     for text in texts:
-        if 0 < cut < len(text):
-            near = text[cut : cut + reach]
-            end = re.search(r"\n(?:[ \t\r]*\n)+", near) or re.search(r"\n", near)
-            cut += end.end() if end else 0
-        if cut > 0:
-            yield "train", text[:cut]
-        if cut < len(text):
-            yield "val", text[max(cut, 0) :]
+        yield "train", text[:cut]
+        if near := text[cut:]:
+            break
         cut -= len(text)
+    while len(near) < reach and (text := next(texts, "")):
+        near += text
+    blank = BLANK_LINES.search(near, 0, reach)
+    cut = blank.end() if blank else near.find("\n", 0, reach) + 1
+    for split, start, end in (("train", 0, cut), ("val", cut, len(near))):
+        for i in range(start, end, PIECE):
+            yield split, near[i : min(i + PIECE, end)]
+    yield from (("val", text) for text in texts)
 
 
 # ----- your own text -----

@@ -704,6 +704,19 @@ def test_text_is_cut_at_a_blank_line_else_a_line_else_a_character(own, text, end
     assert data.vocab_size == len(set(text)) and data.tokenizer.decode([data.bos_id]) == min(text)
 
 
+@pytest.mark.parametrize("piece", [7, 1 << 18])
+@pytest.mark.parametrize("between, last", [("", 90), ("\n", 93)], ids=["lines", "a blank line"])
+def test_cut_is_looked_for_in_the_next_files_too(tmp_path, monkeypatch, between, last, piece):
+    """Of 5% of the text, which is five files of a line."""
+    monkeypatch.setattr(preparing, "PIECE", piece)
+    for i in range(100):
+        put(tmp_path, f"texts/{i:02}.txt", f"line number {i:02}" + "\n" * (i % 2))
+    put(tmp_path, "texts/93.txt.end", between)
+    data = prepare_text(tmp_path / "texts", "mine", "char", tmp_path)
+    assert text_of(data, "train").endswith(f"line number {last}\n{between}")
+    assert text_of(data, "val").startswith(f"line number {last + 1}\n")
+
+
 @pytest.mark.parametrize("text", [play(), "pear\nnut\n" * 99, "Ein\tWort nach " * 30, "x" * 500])
 def test_openings_are_words_of_the_validation_split(own, text):
     data = own(text)
