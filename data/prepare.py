@@ -81,10 +81,10 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     """A Dataset of your own text under `root`, or the one that is there of the same text.
 
     `source` is a UTF-8 file, a folder (all files in it and below, hidden ones left out) or a glob
-    pattern; files follow one another by path, each but the last ended by a line end. `tokenizer`
-    is "gpt2" or "char". The set is called `name` and replaces another own text's of this name;
-    without a name it is called after the source, and replaces only one from the same place.
-    DataError says why a text cannot be used, ValueError why a name or a tokenizer cannot.
+    pattern; files follow one another by path, each once and all but the last ended by a line end.
+    `tokenizer` is "gpt2" or "char". The set is called `name`, and replaces another own text's of
+    this name; without one it is called after the source, and replaces only a text from the same
+    place. DataError says why a text cannot be used, ValueError why a name or tokenizer cannot.
     """
     if tokenizer not in ("gpt2", "char"):
         raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
@@ -271,8 +271,10 @@ def _find_files(source):
             found = list(_walk(path, set()))
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
-    sizes = {}
+    files, sizes = {}, {}
     for file in sorted(found, key=Path.as_posix):
+        files.setdefault(os.path.realpath(file), file)  # once, however many links lead to it
+    for file in files.values():
         with _readable(file):
             size = file.stat().st_size  # fails for a link that leads nowhere
             if file.is_file():

@@ -628,10 +628,14 @@ def test_files_follow_by_path_and_links_are_followed(tmp_path, monkeypatch, piec
             assert (data.bytes[split], data.words[split]) == counted(text_of(data, split))[:2]
 
 
-def test_folder_that_is_linked_into_itself_is_read_once(own, tmp_path):
+@pytest.mark.parametrize("source", ["texts", "texts/**", "texts/**/*.txt"])
+def test_file_is_read_once_however_many_links_lead_to_it(own, tmp_path, source):
     own(play())
+    put(tmp_path, "texts/three.txt", "Last words.\n")
     (tmp_path / "texts" / "loop").symlink_to(tmp_path / "texts")
-    assert text_of(prepare_text(tmp_path / "texts", "mine", "char", tmp_path)) == play()
+    (tmp_path / "texts" / "two.txt").symlink_to(tmp_path / "texts/one.txt")
+    data = prepare_text(tmp_path / source, "mine", "char", tmp_path)
+    assert text_of(data) == play() + "Last words.\n"
 
 
 @pytest.mark.parametrize("step", ["_find_files", "_alphabet"])
