@@ -97,6 +97,8 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     for text in _read("reading", files, digest):
         chars.update(text)
         length += len(text)
+    if not length:
+        raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
     texts = _read("encoding", files, hashlib.sha256(), wanted=digest.hexdigest())
     texts = _split_at(length * 9 // 10, min(length // 20, LONGEST), texts)
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
@@ -281,8 +283,6 @@ def _find_files(source):
                 sizes[file] = size
     if not sizes:
         raise DataError(f"{str(source)!r} matches no file: give a file, a folder or a pattern.")
-    if not any(sizes.values()):
-        raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
     return {file: size for file, size in sizes.items() if size}
 
 
@@ -298,7 +298,7 @@ def _walk(folder, seen):
 
 def _parts(path):
     """Yield the text of a file, at most PIECE characters at a time."""
-    with _readable(path), open(path, encoding="utf-8", newline="") as file:
+    with _readable(path), open(path, encoding="utf-8-sig", newline="") as file:
         try:
             while part := file.read(PIECE):
                 if "\0" in part:

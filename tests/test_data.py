@@ -520,6 +520,16 @@ def test_full_disk_at_the_very_end_leaves_the_old_set(own, tmp_path, monkeypatch
     assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
 
 
+@pytest.mark.parametrize("piece", [1, 1 << 18])
+def test_byte_order_mark_is_no_character_of_the_text(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(preparing, "PIECE", piece)
+    for name in ("a.txt", "b.txt"):
+        source = put(tmp_path, f"texts/{name}", b"\xef\xbb\xbf" + play().encode())
+    assert text_of(prepare_text(source.parent, "mine", "char", tmp_path)) == play() * 2
+    with refused("mark.txt is empty"):
+        prepare_text(put(tmp_path, "mark.txt", b"\xef\xbb\xbf"), tokenizer="char", root=tmp_path)
+
+
 BAD = {"wrong byte": b"\xff", "half a letter": b"\xc3", "UTF-16": "words".encode("utf-16-le")}
 
 
