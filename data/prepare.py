@@ -33,7 +33,6 @@ from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Unavailable, atomic_wr
 ROOT = Path(__file__).resolve().parent
 PIECE = 1 << 18  # characters read, and about as many encoded, at a time
 LONGEST = 1 << 25  # characters without a blank that GPT-2's encoding can hold in memory
-BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 LAST_VISIBLE = re.compile(r"(?s).*\S(?=[ \n])")  # up to the last place where `_pieces` may cut
 
 # Another count than these means another text or tokenizer than the published figures have.
@@ -235,7 +234,7 @@ def _split_at(cut, reach, texts):
         cut -= len(text)
     while len(near) < reach and (text := next(texts, "")):
         near += text
-    blank = BLANK_LINES.search(near, 0, reach)
+    blank = re.compile(r"\n(?:[ \t\r]*\n)+").search(near, 0, reach)
     cut = blank.end() if blank else near.find("\n", 0, reach) + 1
     for split, start, end in (("train", 0, cut), ("val", cut, len(near))):
         for i in range(start, end, PIECE):
@@ -405,8 +404,7 @@ def _pieces(texts):
     rest = ""
     for text in texts:
         rest += text
-        visible = LAST_VISIBLE.match(rest)
-        if visible:
+        if visible := LAST_VISIBLE.match(rest):
             yield rest[: visible.end()]
             rest = rest[visible.end() :]
         if len(rest) > LONGEST:
@@ -433,9 +431,12 @@ def main(arguments=None):
         for name in names:
             data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
             for split, tokens in data.splits.items():
-                counts = f"{len(tokens):,} tokens ({data.tokenizer.name}), "
-                counts += f"{data.bytes[split]:,} bytes, {data.words[split]:,} words"
-                print(f"{data.title}, {split}: {counts}, from {data.meta['source']}")
+                sizes = f"{len(tokens):,} tokens ({data.tokenizer.name}), "
+                sizes += f"{data.bytes[split]:,} bytes, {data.words[split]:,} words"
+                try:
+                    print(f"{data.title}, {split}: {sizes}, from {data.meta['source']}", flush=True)
+                except BrokenPipeError:  # of `| head`: the next sets are made all the same
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

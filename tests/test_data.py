@@ -944,6 +944,24 @@ def test_command_exits_130_when_interrupted_and_2_for_wrong_options(command, mon
     assert caught.value.code == 2 and "your own text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_reader_that_leaves_early_stops_neither_the_sets_nor_with_an_error(tmp_path, options):
+    """As of `| head`; the second set is made although what is said of the first goes nowhere."""
+    script = "import sys; from data import prepare as p; p.NAMES = ('a', 'b'); "
+    script += "p.prepare = lambda name: p.prepare_text('notes.txt', name, 'char', '.'); "
+    script += "sys.exit(p.main(['all']))"
+    put(tmp_path, "notes.txt", play())
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *options, "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(CODE.parent)}
+    made = {"cwd": tmp_path, "env": environment, "stdout": writer, "stderr": subprocess.PIPE}
+    result = subprocess.run(command, timeout=60, **made)
+    os.close(writer)
+    assert result.returncode == 0 and not result.stderr, result
+    assert [text_of(load(tmp_path / name)) for name in "ab"] == [play(), play()]
+
+
 @pytest.mark.parametrize("script", ["data/prepare.py", "prepare.py"])
 def test_script_runs_from_the_top_and_from_its_folder(tmp_path, script):
     """On a copy of the code, so that nothing is written into the project."""
