@@ -355,6 +355,8 @@ def write_set(folder, texts, tokenizer, facts):
         for out in outs:  # all are on the disk before the first one gets its name
             out.flush()
             os.fsync(out.fileno())
+        with ThreadPoolExecutor(1) as pool:  # Ctrl-C, which only stops the main thread, waits
+            pool.submit(stack.pop_all().close).result()
 
 
 def _check_sizes(name, entries):

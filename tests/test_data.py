@@ -469,6 +469,20 @@ def test_interrupt_at_each_file_leaves_nothing_half_made(own, tmp_path, monkeypa
     assert text_of(own(play())) == play() and files_under(tmp_path / "mine") == SET
 
 
+@pytest.mark.parametrize("file", SET)
+def test_ctrl_c_waits_until_all_files_have_their_names(own, tmp_path, monkeypatch, file):
+    def pressed(temporary, target, replace=os.replace):
+        if Path(target).name == file:
+            signal.raise_signal(signal.SIGINT)
+        replace(temporary, target)
+
+    own(play(50))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", pressed)
+        own(play())
+    assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
+
+
 def test_two_processes_make_one_good_set(tmp_path):
     text, spawn = play(60_000), multiprocessing.get_context("spawn")
     source, start = put(tmp_path, "one.txt", text), spawn.Barrier(2, timeout=60).wait
