@@ -165,8 +165,9 @@ def save(chunks, target: Path, source: Source, address: str) -> None:
     bar = tqdm(desc=source.path, total=source.size, unit="B", unit_scale=True, disable=None)
     with atomic_write(target) as out, bar:
         for chunk in chunks:
-            size += out.write(chunk)
+            out.write(chunk)
             digest.update(chunk)
+            size += len(chunk)
             bar.update(len(chunk))
             if size > source.size:  # do not fill the disk with what is wrong already
                 break

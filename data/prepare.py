@@ -110,9 +110,10 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
 
 
 def _check_folder(folder, wanted=(), place=None):
-    """DataError if a folder holds no set of its name, or an un`wanted` one of another `place`."""
+    """DataError if a folder holds another's files, or a text neither `wanted` nor of `place`."""
     found = [os.path.exists(folder / name) for name in ("meta.json", *BINS)]
-    foreign, meta = any(found) and not os.path.exists(folder / ".lock"), {}  # preparing leaves it
+    foreign = any(found) and not os.path.exists(folder / ".lock")  # which preparing leaves
+    meta = {}
     with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
         meta = read_meta(folder)
         foreign = meta["name"] != folder.name
@@ -121,9 +122,7 @@ def _check_folder(folder, wanted=(), place=None):
         raise DataError(f"{text}: move them away, or choose another name for your text.")
     if place and meta.get("place", place) != place and meta != meta | wanted:
         text = f"{folder} holds another text, from another place: give yours a name of its own"
-        raise DataError(
-            f"{text} (--name, in Python name=), or {folder.name!r} to replace that one."
-        )
+        raise DataError(f"{text} (--name, in Python name=), or {folder.name!r} to replace that.")
 
 
 def _open_or_make(folder, texts, tokenizer, facts, place=None):
