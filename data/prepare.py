@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice, pairwise
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -80,39 +80,52 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     """A Dataset of your own text under `root`, or the one that is there of the same text.
 
     `source` is a UTF-8 file, a folder (all files in it and below, hidden ones left out) or a glob
-    pattern; files follow one another by path, each but the last ended by a line end. `tokenizer`
-    is "gpt2" or "char". The set is called `name`, or after the source; another own text of this
-    name is replaced.
+    pattern; files follow one another by path, each once and all but the last ended by a line end.
+    `tokenizer` is "gpt2" or "char". The set is called `name`, and replaces another own text's of
+    this name; without one it is called after the source, and replaces only a text from the same
+    place. DataError says why a text cannot be used, ValueError why a name or tokenizer cannot.
     """
     if tokenizer not in ("gpt2", "char"):
         raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
-    root = Path(root)
-    folder = root / _set_name(source, name, tokenizer)
-    files = _find_files(source)
+    root, files = Path(root), _find_files(source)
+    path = Path(os.path.abspath(source))  # "." has no name of its own
+    folder = root / _set_name(path, name, tokenizer)
     if any(folder.resolve() in file.resolve().parents for file in files):
         raise DataError(f"{folder} holds the text itself: choose another name for its set.")
-    digest, chars, length = _survey(files)
-    texts = _split_at(length * 9 // 10, length // 20, _unchanged(files, digest))
+    digest, chars, length = hashlib.sha256(), set(), 0
+    for text in _read("reading", files, digest):
+        chars.update(text)
+        length += len(text)
+    if not length:
+        raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
+    texts = _read("encoding", files, hashlib.sha256(), wanted=digest.hexdigest())
+    texts = _split_at(length * 9 // 10, min(length // 20, LONGEST), texts)
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
     facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
-    facts |= {"source": Path(source).name, "source_sha256": {"text": digest}}
-    facts["split_rule"] = "90% of the characters train, the rest validates; cut at the next"
-    facts["split_rule"] += " blank line, else line end, within 5% of the text, else there"
-    return _open_or_make(folder, texts, made, facts)
+    facts |= {"source": path.name, "source_sha256": {"text": digest.hexdigest()}}
+    facts["place"] = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]  # tells no path
+    rule = "90% of the characters train, the rest validates; cut at the next blank line, else"
+    facts["split_rule"] = f"{rule} line end, within 5% or {LONGEST:,} characters, else there"
+    return _open_or_make(folder, texts, made, facts, None if name else facts["place"])
 
 
-def _check_folder(folder):
-    """DataError if a folder holds what is no set of its name."""
+def _check_folder(folder, wanted=(), place=None):
+    """DataError if a folder holds another's files, or a text neither `wanted` nor of `place`."""
     found = [os.path.exists(folder / name) for name in ("meta.json", *BINS)]
     foreign = any(found) and not os.path.exists(folder / ".lock")  # which preparing leaves
+    meta = {}
     with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
-        foreign = read_meta(folder)["name"] != folder.name
+        meta = read_meta(folder)
+        foreign = meta["name"] != folder.name
     if foreign:
         text = f"{folder} holds files that are not the set {folder.name}'s"
         raise DataError(f"{text}: move them away, or choose another name for your text.")
+    if place and meta.get("place", place) != place and meta != meta | wanted:
+        text = f"{folder} holds another text, from another place: give yours a name of its own"
+        raise DataError(f"{text} (--name, in Python name=), or {folder.name!r} to replace that.")
 
 
-def _open_or_make(folder, texts, tokenizer, facts):
+def _open_or_make(folder, texts, tokenizer, facts, place=None):
     """The set in `folder` if it is the same; else it is made, by one process at a time."""
     wanted = {"source_sha256": facts["source_sha256"], "tokenizer": tokenizer.name}
     if data := _intact(folder, wanted):
@@ -122,6 +135,7 @@ def _open_or_make(folder, texts, tokenizer, facts):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not _intact(folder, wanted):  # another process may have made it meanwhile
+                _check_folder(folder, wanted, place)
                 write_set(folder, texts, tokenizer, facts)
             return load(folder)  # before another process replaces it by another text
     except OSError as error:
@@ -209,29 +223,34 @@ def _vocabulary(text):
 def _split_at(cut, reach, texts):
     """Yield ("train", text) for the first `cut` characters, then ("val", text).
 
-    A blank line's or else a line's end in the piece's next `reach` characters moves the cut there.
+    A blank line's or else a line's end in the next `reach` characters moves the cut there.
     """
+    texts, near = iter(texts), ""
     for text in texts:
-        if 0 < cut < len(text):
-            near = text[cut : cut + reach]
-            end = re.search(r"\n(?:[ \t\r]*\n)+", near) or re.search(r"\n", near)
-            cut += end.end() if end else 0
-        if cut > 0:
-            yield "train", text[:cut]
-        if cut < len(text):
-            yield "val", text[max(cut, 0) :]
+        yield "train", text[:cut]
+        if near := text[cut:]:
+            break
         cut -= len(text)
+    while len(near) < reach and (text := next(texts, "")):
+        near += text
+    blank = re.compile(r"\n(?:[ \t\r]*\n)+").search(near, 0, reach)
+    cut = blank.end() if blank else near.find("\n", 0, reach) + 1
+    for split, start, end in (("train", 0, cut), ("val", cut, len(near))):
+        for i in range(start, end, PIECE):
+            yield split, near[i : min(i + PIECE, end)]
+    yield from (("val", text) for text in texts)
 
 
 # ----- your own text -----
-def _set_name(source, name, tokenizer):
-    """The set's name: as given, or made from the source's. ValueError for one that cannot be."""
+def _set_name(path, name, tokenizer):
+    """The set's name: as given, or made from its path. ValueError for one that cannot be."""
     if name is None:
-        stem = re.sub(r"[^\w-]+", "_", Path(source).stem).strip("_") or "own"
-        name = stem[:50] + "_char" * (tokenizer == "char")
+        stem = path.name if path.is_dir() else path.stem
+        name = re.sub(r"[^\w-]+", "_", stem).strip("_") or "own"
+        name += "_char" * (tokenizer == "char")
     if not re.fullmatch(r"\w[\w.-]{,59}", name) or name in TAKEN:
-        text = f"A set cannot be called {name!r}: give at most 60 letters, digits, - and _"
-        raise ValueError(f"{text}, but none of {', '.join(TAKEN)}.")
+        text = f"A set cannot be called {name!r}: give a name (--name, in Python name=) of at most"
+        raise ValueError(f"{text} 60 letters, digits, - and _, but none of {', '.join(TAKEN)}.")
     return name
 
 
@@ -252,16 +271,16 @@ def _find_files(source):
             found = list(_walk(path, set()))
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
-    sizes = {}
+    files, sizes = {}, {}
     for file in sorted(found, key=Path.as_posix):
+        files.setdefault(os.path.realpath(file), file)  # once, however many links lead to it
+    for file in files.values():
         with _readable(file):
             size = file.stat().st_size  # fails for a link that leads nowhere
             if file.is_file():
                 sizes[file] = size
     if not sizes:
         raise DataError(f"{str(source)!r} matches no file: give a file, a folder or a pattern.")
-    if not any(sizes.values()):
-        raise DataError(f"{source} is empty: give a text of some thousand characters or more.")
     return {file: size for file, size in sizes.items() if size}
 
 
@@ -275,19 +294,9 @@ def _walk(folder, seen):
             yield from _walk(path, seen) if path.is_dir() else [path]
 
 
-def _texts(files):
-    """Yield the text of all files in order, each but the last ended by a line end."""
-    part = "\n"
-    for path in files:
-        if part[-1] != "\n":
-            yield "\n"
-        for part in _parts(path):
-            yield part
-
-
 def _parts(path):
     """Yield the text of a file, at most PIECE characters at a time."""
-    with _readable(path), open(path, encoding="utf-8", newline="") as file:
+    with _readable(path), open(path, encoding="utf-8-sig", newline="") as file:
         try:
             while part := file.read(PIECE):
                 if "\0" in part:
@@ -299,32 +308,19 @@ def _parts(path):
             raise DataError(f"{text}: convert it to UTF-8, or leave it out.") from None
 
 
-def _survey(files):
-    """The text's SHA-256, its different characters, and their number in all."""
-    digest, chars, length = hashlib.sha256(), set(), 0
-    for text in _read("reading", files, digest):
-        chars.update(text)
-        length += len(text)
-    return digest.hexdigest(), "".join(chars), length
-
-
-def _unchanged(files, sha256):
-    """The texts once more; DataError at the end unless they are still what was surveyed."""
-    digest = hashlib.sha256()
-    yield from _read("encoding", files, digest)
-    if digest.hexdigest() != sha256:
-        raise DataError("The text changed while it was read: prepare it again once it stays.")
-
-
-def _read(what, files, digest):
-    """The texts, summed, under a bar: in a terminal, silence in logs and in notebooks."""
-    total = sum(files.values())
+def _read(what, files, digest, wanted=None):
+    """Yield all files' text in order, each but the last ended by a line end; check its sum."""
+    total, text = sum(files.values()), "\n"  # a bar in a terminal, silence in logs and notebooks
     with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for text in _texts(files):
-            content = text.encode()
-            digest.update(content)
-            bar.update(len(content))
-            yield text
+        for path in files:
+            before = [] if text[-1] == "\n" else ["\n"]
+            for text in chain(before, _parts(path)):
+                content = text.encode()
+                digest.update(content)
+                bar.update(len(content))
+                yield text
+    if wanted and digest.hexdigest() != wanted:
+        raise DataError("The text changed while it was read: prepare it again once it stays.")
 
 
 def openings(data, count=3):
@@ -358,6 +354,8 @@ def write_set(folder, texts, tokenizer, facts):
         for out in outs:  # all are on the disk before the first one gets its name
             out.flush()
             os.fsync(out.fileno())
+        with ThreadPoolExecutor(1) as pool:  # Ctrl-C, which only stops the main thread, waits
+            pool.submit(stack.pop_all().close).result()
 
 
 def _check_sizes(name, entries):
@@ -407,8 +405,7 @@ def _pieces(texts):
     rest = ""
     for text in texts:
         rest += text
-        visible = LAST_VISIBLE.match(rest)
-        if visible:
+        if visible := LAST_VISIBLE.match(rest):
             yield rest[: visible.end()]
             rest = rest[visible.end() :]
         if len(rest) > LONGEST:
@@ -435,9 +432,12 @@ def main(arguments=None):
         for name in names:
             data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
             for split, tokens in data.splits.items():
-                counts = f"{len(tokens):,} tokens ({data.tokenizer.name}), "
-                counts += f"{data.bytes[split]:,} bytes, {data.words[split]:,} words"
-                print(f"{data.title}, {split}: {counts}, from {data.meta['source']}")
+                sizes = f"{len(tokens):,} tokens ({data.tokenizer.name}), "
+                sizes += f"{data.bytes[split]:,} bytes, {data.words[split]:,} words"
+                try:
+                    print(f"{data.title}, {split}: {sizes}, from {data.meta['source']}", flush=True)
+                except BrokenPipeError:  # of `| head`: the next sets are made all the same
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

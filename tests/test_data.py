@@ -35,7 +35,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import fetch as fetching
 from data import prepare as preparing
-from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer, load
+from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer, load, sealed
 from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Source, Unavailable, WrongBytes, fetch
 from data.prepare import NAMES, main, openings, prepare, prepare_alike, prepare_text, write_set
 
@@ -426,6 +426,30 @@ def test_same_text_is_used_as_it_is_and_another_replaces_it(own):
     assert text_of(own(play())) == play() and files_under(first.folder) == SET
 
 
+def test_name_made_from_the_source_replaces_only_a_text_from_the_same_place(tmp_path, monkeypatch):
+    here, there = (put(tmp_path, f"{folder}/notes.txt", play()) for folder in "ab")
+    texts = functools.partial(prepare_text, tokenizer="char", root=tmp_path)
+    first = texts(here)
+    assert texts(there).meta == first.meta and str(tmp_path) not in json.dumps(first.meta)
+    put(first.folder, "val.bin", "")
+    assert texts(there).fingerprint == first.fingerprint  # the same text still, though damaged
+    put(tmp_path, "b/notes.txt", play(50))
+    texts(there, "ours")
+    before = texts(there, "notes_char").meta
+    with refused(
+        "notes_char holds another text", "--name", "name=", "'notes_char' to replace that"
+    ):
+        texts(here)
+    assert load(first.folder).meta == before
+    put(tmp_path, "b/notes.txt", play(60))
+    monkeypatch.chdir(tmp_path / "a")
+    assert text_of(texts("../b/notes.txt")) == play(60)
+    assert re.fullmatch("[0-9a-f]{16}", load(first.folder).meta["place"])
+    old = {key: value for key, value in load(first.folder).meta.items() if key != "place"}
+    put(first.folder, "meta.json", json.dumps(sealed(old)))  # from before sets had a place
+    assert text_of(texts("notes.txt")) == play()
+
+
 @pytest.mark.parametrize("older", ["", play(30)], ids=["new", "over another"])
 @pytest.mark.parametrize("file", SET)
 def test_interrupt_at_each_file_leaves_nothing_half_made(own, tmp_path, monkeypatch, file, older):
@@ -443,6 +467,20 @@ def test_interrupt_at_each_file_leaves_nothing_half_made(own, tmp_path, monkeypa
         assert text_of(load(tmp_path / "mine")) == older
     put(tmp_path, f"mine/.train.bin.{'0' * 32}.tmp", "left by kill -9")
     assert text_of(own(play())) == play() and files_under(tmp_path / "mine") == SET
+
+
+@pytest.mark.parametrize("file", SET)
+def test_ctrl_c_waits_until_all_files_have_their_names(own, tmp_path, monkeypatch, file):
+    def pressed(temporary, target, replace=os.replace):
+        if Path(target).name == file:
+            signal.raise_signal(signal.SIGINT)
+        replace(temporary, target)
+
+    own(play(50))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", pressed)
+        own(play())
+    assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
 
 
 def test_two_processes_make_one_good_set(tmp_path):
@@ -494,6 +532,16 @@ def test_full_disk_at_the_very_end_leaves_the_old_set(own, tmp_path, monkeypatch
         own(play(4000))
     monkeypatch.undo()
     assert text_of(load(tmp_path / "mine")) == play() and files_under(tmp_path / "mine") == SET
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 18])
+def test_byte_order_mark_is_no_character_of_the_text(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(preparing, "PIECE", piece)
+    for name in ("a.txt", "b.txt"):
+        source = put(tmp_path, f"texts/{name}", b"\xef\xbb\xbf" + play().encode())
+    assert text_of(prepare_text(source.parent, "mine", "char", tmp_path)) == play() * 2
+    with refused("mark.txt is empty"):
+        prepare_text(put(tmp_path, "mark.txt", b"\xef\xbb\xbf"), tokenizer="char", root=tmp_path)
 
 
 BAD = {"wrong byte": b"\xff", "half a letter": b"\xc3", "UTF-16": "words".encode("utf-16-le")}
@@ -568,11 +616,24 @@ def test_names_that_are_taken_or_no_folder_s(own, name):
 
 
 def test_name_comes_from_the_source(tmp_path):
-    source = put(tmp_path, "my notes.v2" + "é" * 99 + ".txt", play())
+    source = put(tmp_path, "my notes.v2" + "é" * 44 + ".txt", play())
     data = prepare_text(source, tokenizer="char", root=tmp_path)
-    assert data.name == data.title == data.folder.name == "my_notes_v2" + "é" * 39 + "_char"
+    assert data.name == data.title == data.folder.name == "my_notes_v2" + "é" * 44 + "_char"
     with refused("'shakespeare'", "letters, digits", error=ValueError):
         prepare_text(put(tmp_path, "shakespeare.txt", play()), root=tmp_path)
+    for end in "ab":
+        source = put(tmp_path, "a chapter of the same book " * 3 + end + ".txt", play())
+        with refused("of_the_same_book_" + end, "--name", "name=", "60", error=ValueError):
+            prepare_text(source, tokenizer="char", root=tmp_path)
+
+
+@pytest.mark.parametrize("source", ["book.v2", ".", "..", "../book.v2/.", "below/.."])
+def test_folder_gives_its_whole_name(tmp_path, monkeypatch, source):
+    put(tmp_path, "book.v2/below/one.txt", play())
+    place = {"book.v2": tmp_path, "..": tmp_path / "book.v2/below"}
+    monkeypatch.chdir(place.get(source, tmp_path / "book.v2"))
+    data = prepare_text(source, tokenizer="char", root=tmp_path)
+    assert (data.name, data.meta["source"]) == ("book_v2_char", "book.v2")
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 20])
@@ -591,10 +652,14 @@ def test_files_follow_by_path_and_links_are_followed(tmp_path, monkeypatch, piec
             assert (data.bytes[split], data.words[split]) == counted(text_of(data, split))[:2]
 
 
-def test_folder_that_is_linked_into_itself_is_read_once(own, tmp_path):
+@pytest.mark.parametrize("source", ["texts", "texts/**", "texts/**/*.txt"])
+def test_file_is_read_once_however_many_links_lead_to_it(own, tmp_path, source):
     own(play())
+    put(tmp_path, "texts/three.txt", "Last words.\n")
     (tmp_path / "texts" / "loop").symlink_to(tmp_path / "texts")
-    assert text_of(prepare_text(tmp_path / "texts", "mine", "char", tmp_path)) == play()
+    (tmp_path / "texts" / "two.txt").symlink_to(tmp_path / "texts/one.txt")
+    data = prepare_text(tmp_path / source, "mine", "char", tmp_path)
+    assert text_of(data) == play() + "Last words.\n"
 
 
 @pytest.mark.parametrize("step", ["_find_files", "_alphabet"])
@@ -665,6 +730,19 @@ def test_text_is_cut_at_a_blank_line_else_a_line_else_a_character(own, text, end
     assert train + val == text and train.endswith(ending) and val[0] != "\n"
     assert 0.85 < len(train) / len(text) < 0.95
     assert data.vocab_size == len(set(text)) and data.tokenizer.decode([data.bos_id]) == min(text)
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 18])
+@pytest.mark.parametrize("between, last", [("", 90), ("\n", 93)], ids=["lines", "a blank line"])
+def test_cut_is_looked_for_in_the_next_files_too(tmp_path, monkeypatch, between, last, piece):
+    """Of 5% of the text, which is five files of a line."""
+    monkeypatch.setattr(preparing, "PIECE", piece)
+    for i in range(100):
+        put(tmp_path, f"texts/{i:02}.txt", f"line number {i:02}" + "\n" * (i % 2))
+    put(tmp_path, "texts/93.txt.end", between)
+    data = prepare_text(tmp_path / "texts", "mine", "char", tmp_path)
+    assert text_of(data, "train").endswith(f"line number {last}\n{between}")
+    assert text_of(data, "val").startswith(f"line number {last + 1}\n")
 
 
 @pytest.mark.parametrize("text", [play(), "pear\nnut\n" * 99, "Ein\tWort nach " * 30, "x" * 500])
@@ -878,6 +956,24 @@ def test_command_exits_130_when_interrupted_and_2_for_wrong_options(command, mon
     with pytest.raises(SystemExit) as caught:
         command("wikitext2 --name other")
     assert caught.value.code == 2 and "your own text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_reader_that_leaves_early_stops_neither_the_sets_nor_with_an_error(tmp_path, options):
+    """As of `| head`; the second set is made although what is said of the first goes nowhere."""
+    script = "import sys; from data import prepare as p; p.NAMES = ('a', 'b'); "
+    script += "p.prepare = lambda name: p.prepare_text('notes.txt', name, 'char', '.'); "
+    script += "sys.exit(p.main(['all']))"
+    put(tmp_path, "notes.txt", play())
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *options, "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(CODE.parent)}
+    made = {"cwd": tmp_path, "env": environment, "stdout": writer, "stderr": subprocess.PIPE}
+    result = subprocess.run(command, timeout=60, **made)
+    os.close(writer)
+    assert result.returncode == 0 and not result.stderr, result
+    assert [text_of(load(tmp_path / name)) for name in "ab"] == [play(), play()]
 
 
 @pytest.mark.parametrize("script", ["data/prepare.py", "prepare.py"])
