@@ -41,7 +41,7 @@ class Tokenizer:
 
     def checked(self, ids):
         """Ids of any sequence as ints; ValueError for one outside the vocabulary."""
-        ids = [int(i) for i in ids]
+        ids = np.asarray(ids).astype(np.int64).tolist()
         if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
             text = f"Token id {outside[0]} is none of the {self.vocab_size:,} of the {self.name}"
             raise ValueError(f"{text} tokenizer: decode only its own ids.")
