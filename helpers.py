@@ -446,7 +446,7 @@ def stamp(path):
         with zipfile.ZipFile(path) as archive:
             return [(part.filename, part.CRC) for part in archive.infolist()] or "nothing"
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return "nowhere" if os.path.islink(path) else None  # a link to a disk that is not there
     except Exception as error:  # the disk's, or what is no checkpoint
         return reason(error)
 

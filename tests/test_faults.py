@@ -745,6 +745,17 @@ def test_run_of_another_process_is_not_overwritten(corpus, tmp_path, fault, seed
         assert saved(tmp_path)["iter_num"] == STEPS
 
 
+@posix
+@each("name", FILES)
+def test_link_to_a_disk_that_is_not_there(corpus, copied, fault, name):
+    """Else a new run would begin, and its file take the link's place."""
+    (copied / name).unlink()
+    (copied / name).symlink_to(copied / "unmounted" / name)
+    with fault("checkpoint that is a link to a disk that is not there"):
+        refused(partial(train, corpus, copied), name, "cannot be read")
+        assert (copied / name).is_symlink()
+
+
 @each("name", FILES)
 @each("change", ["touched", "removed", "another's"])
 def test_file_that_changes_during_the_run(corpus, finished, tmp_path, fault, name, change):
