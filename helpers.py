@@ -29,7 +29,7 @@ from data.batches import BatchLoader, gather, get_batch, load_tokens, sample_sta
 from data.dataset import load
 from data.fetch import DataError, atomic_write, reason, sha256_of
 from data.ngrams import ngram_nats
-from data.prepare import NAMES, ROOT, prepare
+from data.prepare import NAMES, ROOT, STAND_INS, prepare
 from model import GPT, CUDAGraphed, GPTConfig, Muon, evaluating, fused_loss_obstacle, repeat
 
 
@@ -99,8 +99,7 @@ class Preset:
     name: str
     wikitext2: TrainConfig
     shakespeare: TrainConfig
-    needs_real_data: bool = False  # else the stand-in will do where the texts cannot be had
-    evaluate_all: bool = False  # else, for a CPU: final splits, windows apart, parts
+    thorough: bool = False  # real texts, whole splits, sliding windows; else what a CPU can do
     improved: tuple = ()  # configs of the improved models, one per data set; empty: not trained
     seeds: int = 3  # runs of each of these
     new_tokens: int = 150  # generated tokens per sample
@@ -123,7 +122,7 @@ def _make_presets():
     chars |= dict(muon_lr_scale=10.0, max_iters=2000, warmup_iters=100, eval_interval=200)
     improved = replace(full, **modern, **words), replace(full, **modern, **chars, eval_iters=40)
     shakespeare = replace(full, max_iters=3000, learning_rate=3e-3, min_lr=3e-4)
-    report = Preset("full", full, shakespeare, needs_real_data=True, evaluate_all=True)
+    report = Preset("full", full, shakespeare, thorough=True)
     least = tuple(replace(config, **small | tiny) for config in improved)
     words, chars = (replace(config, **small, batch_size=8) for config in improved)
     words = replace(words, max_iters=70, learning_rate=2e-2, muon_lr_scale=1.5)
@@ -818,7 +817,7 @@ class Run:
         self.seen[which] = stamp(self.paths[which])
 
     def restore(self, trainer):
-        saved, kept_loss, kept_step = on_main_process(self._saved_state)
+        saved, kept = on_main_process(self._saved_state)
         if saved is None:
             return
         try:
@@ -826,8 +825,8 @@ class Run:
             trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.best_state = dict(saved["best"])
-            self.best_is_new = not rank() and kept_loss != self.best["val_loss"]
-            self.kept_until = kept_step  # later than last.pt's, if a failure left it
+            self.best_is_new = not rank() and kept != (self.best["iter"], self.best["val_loss"])
+            self.kept_until = kept[0]  # later than last.pt's, if a failure left it
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's
@@ -839,12 +838,13 @@ class Run:
         kept = found.get("best", {})
         if kept and "last" not in found:
             raise CheckpointError(f"{self.paths['best']} lies there without its last.pt: {FRESH}.")
-        return found.get("last"), kept.get("best_val_loss"), kept.get("iter_num", 0)
+        return found.get("last"), (kept.get("iter_num", 0), kept.get("best_val_loss"))
 
     def load(self, which="best", device="cpu"):
-        if self.history["evals"] and self.step < self.kept_until:
-            raise CheckpointError(f"{self.paths[which]} is not yet this run's: train on first.")
-        return load_model(self.paths[which], device, self.data, self.identity)
+        path, early = self.paths[which], self.history["evals"] and self.step < self.kept_until
+        if early or not rank() and stamp(path) != self.seen[which]:
+            raise CheckpointError(f"{path} is not, or no longer, this run's: train on, or again.")
+        return load_model(path, device, self.data, self.identity)
 
     def end(self, trainer):
         self.waited_before, self.began, self.best_state = self.waited, None, None
@@ -951,10 +951,8 @@ def print_progress(run):
 def train_command(options, device):
     """Trains as the notebook's cell does, to the same folder; returns the Run."""
     preset, name = choose_preset(options.preset), str(options.dataset)
-    config = preset.shakespeare if name == "shakespeare_char" else preset.wikitext2
-    config = replace(config, **{k: v for k, v in vars(options).items() if hasattr(config, k)})
     if name in NAMES:  # made by the main process alone; on other hosts the set must be there
-        stand_in = not preset.needs_real_data
+        stand_in = not preset.thorough
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
     differs = on_main_process(lambda: data.fingerprint) != data.fingerprint
@@ -962,11 +960,13 @@ def train_command(options, device):
         raise DataError(f"Hosts hold different sets {name}: copy the main one's folder to all.")
     if name != str(options.dataset) and not rank():
         print(f"{options.dataset} cannot be had (see data/README.md); instead: {data.title}")
-    folder, view = options.out or out_folder(data.folder.name), None if rank() else print_progress
+    plays = data.name in ("shakespeare_char", STAND_INS["shakespeare_char"])
+    config = preset.shakespeare if plays else preset.wikitext2
+    config = replace(config, **{k: v for k, v in vars(options).items() if hasattr(config, k)})
+    out, view = options.out or out_folder(data.folder.name), None if rank() else print_progress
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
     how = {"fresh": options.fresh and not again, "start_from": options.start_from, "view": view}
-    model, precision = make_model(config, data), choose_precision(device)
-    return train_model(model, data, config, folder, precision, **how)
+    return train_model(make_model(config, data), data, config, out, choose_precision(device), **how)
 
 
 def main(arguments=None):

@@ -41,7 +41,7 @@ TOKENS = {
     "wikitext2_words": {"train": 2_088_628, "val": 217_646, "test": 245_569},
     "shakespeare_char": {"train": 1_003_854, "val": 111_540},
 }
-NAMES, BINS = tuple(TOKENS), ("train.bin", "val.bin", "test.bin")
+NAMES = tuple(TOKENS)
 STAND_INS = dict(zip(NAMES, ("stand_in_gpt2", "stand_in_words", "stand_in_char"), strict=True))
 TAKEN = (*NAMES, "shakespeare", *STAND_INS.values(), "raw", "gpt2_cache", "all")
 
@@ -87,9 +87,8 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     """
     if tokenizer not in ("gpt2", "char"):
         raise ValueError(f"There is no tokenizer {tokenizer!r} for a text: choose gpt2 or char.")
-    root, files = Path(root), _find_files(source)
-    path = Path(os.path.abspath(source))  # "." has no name of its own
-    folder = root / _set_name(path, name, tokenizer)
+    root, path = Path(root), Path(os.path.abspath(source))  # "." has no name of its own
+    folder, files = root / _set_name(path, name, tokenizer), _find_files(source)
     if any(folder.resolve() in file.resolve().parents for file in files):
         raise DataError(f"{folder} holds the text itself: choose another name for its set.")
     digest, chars, length = hashlib.sha256(), set(), 0
@@ -111,9 +110,8 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
 
 def _check_folder(folder, wanted=(), place=None):
     """DataError if a folder holds another's files, or a text neither `wanted` nor of `place`."""
-    found = [os.path.exists(folder / name) for name in ("meta.json", *BINS)]
-    foreign = any(found) and not os.path.exists(folder / ".lock")  # which preparing leaves
-    meta = {}
+    meta, found = {}, any(folder.glob("[!.]*"))
+    foreign = found and not os.path.exists(folder / ".lock")  # which preparing leaves
     with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
         meta = read_meta(folder)
         foreign = meta["name"] != folder.name
@@ -130,8 +128,8 @@ def _open_or_make(folder, texts, tokenizer, facts, place=None):
     wanted = {"source_sha256": facts["source_sha256"], "tokenizer": tokenizer.name}
     if data := _intact(folder, wanted):
         return data
-    _check_folder(folder)
     try:
+        _check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not _intact(folder, wanted):  # another process may have made it meanwhile
@@ -245,7 +243,7 @@ def _split_at(cut, reach, texts):
 def _set_name(path, name, tokenizer):
     """The set's name: as given, or made from its path. ValueError for one that cannot be."""
     if name is None:
-        stem = path.name if path.is_dir() else path.stem
+        stem = path.name if os.path.isdir(path) else path.stem
         name = re.sub(r"[^\w-]+", "_", stem).strip("_") or "own"
         name += "_char" * (tokenizer == "char")
     if not re.fullmatch(r"\w[\w.-]{,59}", name) or name in TAKEN:
@@ -271,17 +269,16 @@ def _find_files(source):
             found = list(_walk(path, set()))
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
-    files, sizes = {}, {}
-    for file in sorted(found, key=Path.as_posix):
-        files.setdefault(os.path.realpath(file), file)  # once, however many links lead to it
-    for file in files.values():
+    files, found = {}, sorted(found, key=Path.as_posix, reverse=True)  # the first path counts
+    for file in sorted({os.path.realpath(f): f for f in found}.values(), key=Path.as_posix):
         with _readable(file):
-            size = file.stat().st_size  # fails for a link that leads nowhere
-            if file.is_file():
-                sizes[file] = size
-    if not sizes:
+            facts = file.stat()  # fails for a link that leads nowhere
+            place = (facts.st_dev, facts.st_ino) if facts.st_ino else file
+            if file.is_file():  # once, however many links lead to it
+                files.setdefault(place, (file, facts.st_size))
+    if not files:
         raise DataError(f"{str(source)!r} matches no file: give a file, a folder or a pattern.")
-    return {file: size for file, size in sizes.items() if size}
+    return {file: size for file, size in files.values() if size}
 
 
 def _walk(folder, seen):

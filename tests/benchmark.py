@@ -329,7 +329,7 @@ def main():
         if options.processes:
             measure_scaling(options, preset, folder)
         elif options.quality is not None:
-            data = prepare("wikitext2", allow_stand_in=not preset.needs_real_data)
+            data = prepare("wikitext2", allow_stand_in=not preset.thorough)
             config = replace(preset.wikitext2, seed=options.quality)
             measure_quality(config, data, precision, folder)
         else:

@@ -35,7 +35,7 @@ STUDIED = {
 
 
 def prepared(name, preset):
-    return prepare(name, allow_stand_in=not preset.needs_real_data)
+    return prepare(name, allow_stand_in=not preset.thorough)
 
 
 def score(data, config, precision, which, stride=None):

@@ -579,6 +579,7 @@ FOREIGN = {"linked": lambda mine, other: mine.symlink_to(other)}
 FOREIGN |= {"copied": lambda mine, other: shutil.copytree(other, mine)}
 FOREIGN |= {"nanoGPT's": lambda mine, other: put(mine, "train.bin", "tokens")}
 FOREIGN |= {"somebody's": lambda mine, other: put(mine, "meta.json", '{"mine": 1}')}
+FOREIGN |= {"notes of somebody's": lambda mine, other: put(mine, "mine.md", "text")}
 FOREIGN |= {"the text's": lambda mine, other: put(mine, "a.txt", play())}
 
 
@@ -658,6 +659,7 @@ def test_file_is_read_once_however_many_links_lead_to_it(own, tmp_path, source):
     put(tmp_path, "texts/three.txt", "Last words.\n")
     (tmp_path / "texts" / "loop").symlink_to(tmp_path / "texts")
     (tmp_path / "texts" / "two.txt").symlink_to(tmp_path / "texts/one.txt")
+    (tmp_path / "texts" / "zwei.txt").hardlink_to(tmp_path / "texts/one.txt")
     data = prepare_text(tmp_path / source, "mine", "char", tmp_path)
     assert text_of(data) == play() + "Last words.\n"
 
@@ -940,7 +942,7 @@ SAYS = {"shakespeare_char": "tinyshakespeare/input.txt cannot be had: put it and
 SAYS |= {"all": "wikitext-2/train.txt cannot be had: put it", "a*.md": "'a*.md' matches no file"}
 SAYS |= {"bad.txt --char": "bad.txt is not UTF-8", "notes.txt --name raw": "A set cannot be called"}
 SAYS |= {"notes.txt": "gpt2/vocab.bpe cannot be had: put it"}
-SAYS["x" * 300] = "x" * 300 + " cannot be read (File name too long)"
+SAYS["x" * 300] = "A set cannot be called 'xxx"
 
 
 @pytest.mark.parametrize("arguments, begins", SAYS.items())

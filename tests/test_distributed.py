@@ -316,6 +316,17 @@ def test_the_folder_s_name_counts_and_a_slash_behind_it_does_not(
         assert trained.call_args.args[3].name == "out-kept-test"
 
 
+def test_a_path_to_a_set_means_the_same_as_its_name(run_command, corpus, monkeypatch):
+    trained = Mock(return_value=SimpleNamespace(interrupted=None))
+    monkeypatch.setattr(helpers, "train_model", trained)
+    monkeypatch.setattr(helpers, "load", lambda folder: replace(corpus, name=folder.name))
+    for path in (helpers.ROOT / "shakespeare_char", "stand_in_char", "tiny"):
+        assert run_command(f"{path} --preset quick") == 0
+    quick = helpers.PRESETS["quick"]
+    configs = [call.args[2] for call in trained.call_args_list]
+    assert configs == [quick.shakespeare, quick.shakespeare, quick.wikitext2]
+
+
 REFUSED = {
     "tiny --n_embd 3": "n_embd 3",
     "nothing": "nothing",

@@ -489,7 +489,7 @@ def test_best_checkpoint_of_a_step_after_the_last_is_kept(corpus, finished, tmp_
         for step in (EVERY + 1, saved(tmp_path, "ckpt.pt")["iter_num"] - 1):
             run = train(corpus, tmp_path, view=base.stop(step))
             assert contents(tmp_path)["ckpt.pt"] == best, f"replaced by step {step}"
-            with pytest.raises(CheckpointError, match="not yet this run's"):
+            with pytest.raises(CheckpointError, match="no longer, this run's"):
                 run.load()
         resumes_to_the_same_end(corpus, tmp_path, finished)
 
@@ -518,7 +518,7 @@ def test_fresh_run_that_stops_before_its_first_step_saved_nothing_and_loads_noth
     before = contents(copied)
     run = train(corpus, copied, replace(CONFIG, seed=1), fresh=True, view=base.stop(0))
     assert contents(copied) == before and "before anything was saved" in run.status
-    with pytest.raises(CheckpointError, match="not yet this run's"):
+    with pytest.raises(CheckpointError, match="no longer, this run's"):
         run.load()
 
 
@@ -773,6 +773,15 @@ def test_file_that_changes_during_the_run(corpus, finished, tmp_path, fault, nam
         else:
             start()
             assert_same_files(folder, finished)
+
+
+def test_run_loads_no_weights_that_another_process_wrote(corpus, tmp_path, fault):
+    """As when the command starts afresh beside a notebook whose run is finished."""
+    with fault("another process starts a finished run afresh"):
+        run = train(corpus, tmp_path)
+        train(corpus, tmp_path, fresh=True, view=base.stop(EVERY + 1))
+        for which in ("best", "last"):
+            refused(partial(run.load, which), "no longer, this run's")
 
 
 @each("kind", ["the same run", "two runs"])

@@ -181,7 +181,7 @@ def test_learning_at_rate_0_saves_nothing(cells, corpus, lively):
     model = lively(corpus.vocab_size, block_size=16, scale=0.2)
     given = {"improved": [[SimpleNamespace(load=lambda *_: model)] * 2], "better_sets": [corpus]}
     given |= {"names": ["tiny"], "excerpt": None, "precision": choose_precision("cpu")}
-    given["preset"] = SimpleNamespace(evaluate_all=True)
+    given["preset"] = SimpleNamespace(thorough=True)
     ids = "losses", "figures", "dynamic-losses", "improved-losses", "label", "dynamic-curve"
     rates = (lambda *_: 0), (lambda *_: 0.003)
     none, some = (cells(*ids, **given, choose_rate=rate)["rows"][0] for rate in rates)

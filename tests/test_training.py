@@ -383,6 +383,9 @@ def test_best_is_the_lowest_and_last_the_end(model, corpus, config, tmp_path, mo
         assert not gaps, f"{which} holds another step's weights than {step}: {gaps}"
     for name, step in (("ckpt.pt", 10), ("last.pt", 20)):
         assert (saved(tmp_path, name)["iter_num"], run.best["val_loss"]) == (step, 1.0)
+    shutil.copy(tmp_path / "last.pt", tmp_path / "ckpt.pt")  # which names the same best loss
+    train(corpus, config, tmp_path, model)
+    assert saved(tmp_path, "ckpt.pt")["iter_num"] == 10, "the last weights pass for the best"
 
 
 def nanogpt_checkpoint(config, path):
