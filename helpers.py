@@ -824,9 +824,9 @@ class Run:
             self.history = {key: list(saved["history"][key]) for key in self.history}
             trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
-            self.best_state = dict(saved["best"])
+            self.began = None if self.finished else self.began  # loading is no training
+            self.best_state, self.kept_until = dict(saved["best"]), kept[0]  # may be a later one
             self.best_is_new = not rank() and kept != (self.best["iter"], self.best["val_loss"])
-            self.kept_until = kept[0]  # later than last.pt's, if a failure left it
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise  # the device's error, not the file's

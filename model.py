@@ -511,6 +511,7 @@ if triton is not None:
     @triton.jit
     def _row_loss(logits, targets, losses, columns, width, GRADIENT: tl.constexpr):
         """One program a row: its loss; with GRADIENT logits become softmax - one-hot target."""
+        log2e: tl.constexpr = 1.4426950408889634  # exp(z - top) as a fused product and 2 ** that
         row = tl.program_id(0).to(tl.int64)
         logits += row * width
         target = tl.load(targets + row)
@@ -523,7 +524,8 @@ if triton is not None:
             z = tl.load(logits + column, mask=column < width, other=0).to(tl.float32)
             z = tl.where(column < columns, z, -float("inf"))
             top = tl.maximum(largest, tl.max(z, 1))
-            total = total * tl.exp(largest - top) + tl.sum(tl.exp(z - top[:, None]), 1)
+            sums = tl.sum(tl.exp2(z * log2e - (top * log2e)[:, None]), 1)
+            total = total * tl.exp(largest - top) + sums
             largest = top
         top = tl.max(largest, 0)
         normaliser = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
@@ -532,9 +534,11 @@ if triton is not None:
             for start in range(0, width, 8192):
                 column = start + lanes
                 z = tl.load(logits + column, mask=column < width, other=0).to(tl.float32)
-                z = tl.exp(z - normaliser) - tl.where(column == target, 1.0, 0.0)
-                z = tl.where(column < columns, z, 0.0).to(logits.dtype.element_ty)
-                tl.store(logits + column, z, mask=column < width)
+                z = tl.exp2(z * log2e - normaliser * log2e)
+                z = tl.where(column < columns, z, 0.0)
+                tl.store(logits + column, z, mask=column < width, cache_modifier=".cs")
+            tl.debug_barrier()  # the whole row is written
+            tl.store(logits + target, tl.exp(wanted - normaliser) - 1)
 
 
 class FusedCrossEntropy(torch.autograd.Function):

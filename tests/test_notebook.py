@@ -251,7 +251,7 @@ def test_line_under_the_cell_says_what_a_stop_means(copy):
     edit(copy, "train-wikitext", "run_text =", f"import signal\n{stopping}run_text =")
     edit(copy, "train-wikitext", "fresh, view)", "fresh, stopping)")
     notebook = nbformat.read(copy / "test.ipynb", as_version=4)
-    (last,) = [n for n, cell in enumerate(notebook.cells) if cell.id == "history-wikitext"]
+    (last,) = [n for n, cell in enumerate(notebook.cells) if cell.id == "score-table"]
     notebook.cells = notebook.cells[: last + 1]
     nbformat.write(notebook, copy / "test.ipynb")
     notebook, error = execute(copy)
@@ -260,6 +260,7 @@ def test_line_under_the_cell_says_what_a_stop_means(copy):
     assert all(part in line for part in ("step 7 of", "run this again", "partial run", "once more"))
     rows = shown(notebook, "history-wikitext")
     assert "<th>5</th>" in rows and "<th>10</th>" not in rows, "went on, or without its rows"
+    assert "last" in shown(notebook, "score-table"), "step 7 is not step 5, the best"
 
 
 def test_started_elsewhere_it_names_its_folder(copy, tmp_path_factory):

@@ -543,6 +543,7 @@ def test_finished_run_is_loaded_and_not_trained_again(unbroken, corpus, config, 
     monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("a finished run was trained"))
     run = train(corpus, config, unbroken, model)
     assert not differences(run.history, saved(unbroken)["history"]) and "loaded" in run.status
+    assert run.waited == saved(unbroken)["waited"], "loading passes for training"
     assert not differences(model.state_dict(), saved(unbroken)["model"])
     assert contents(unbroken) == before, "a file was written anew"
 
