@@ -219,8 +219,7 @@ def damaged(path, what, error=None):
     """The error for a file of a prepared folder that cannot be used, or may not be read."""
     if isinstance(error, PermissionError):
         return DataError(f"{path} may not be read: change its permissions, or its folder's.")
-    text = f"{path} {what}: delete meta.json and the .bin files there"
-    return DataError(f"{text} and prepare the data again.")
+    return DataError(f"{path} {what}: delete the set's files there, and prepare the data again.")
 
 
 def _make_tokenizer(meta, folder):

@@ -200,8 +200,9 @@ def fetch(source: Source, raw: Path, target: Path | None = None) -> tuple[Path, 
     place gave, if none has it.
     """
     target = target or raw / source.path
-    if target.is_file() and sha256_of(target) == source.sha256:
-        return target, "data/raw"
+    with suppress(OSError):  # what may not be read is fetched anew
+        if sha256_of(target) == source.sha256:
+            return target, "data/raw"
     failures = []
     for origin, address, chunks in _places(source, raw):
         try:

@@ -110,11 +110,14 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
 
 def _check_folder(folder, wanted=(), place=None):
     """DataError if a folder holds another's files, or a text neither `wanted` nor of `place`."""
-    meta, found = {}, any(folder.glob("[!.]*"))
-    foreign = found and not os.path.exists(folder / ".lock")  # which preparing leaves
-    with contextlib.suppress(DataError):  # none, or a damaged one, which is made again
+    ours = all(os.path.exists(folder / name) for name in (".lock", "meta.json"))
+    meta, foreign = {"place": ""} if ours else {}, any(folder.glob("[!.]*")) and not ours
+    try:
         meta = read_meta(folder)
         foreign = meta["name"] != folder.name
+    except DataError as error:  # there is none, or a damaged one, which is made again
+        if isinstance(error.__cause__, OSError):
+            raise
     if foreign:
         text = f"{folder} holds files that are not the set {folder.name}'s"
         raise DataError(f"{text}: move them away, or choose another name for your text.")
@@ -137,8 +140,7 @@ def _open_or_make(folder, texts, tokenizer, facts, place=None):
                 write_set(folder, texts, tokenizer, facts)
             return load(folder)  # before another process replaces it by another text
     except OSError as error:
-        text = f"{folder} cannot be written ({reason(error)}): make it writable."
-        raise DataError(text) from error
+        raise DataError(f"{folder} cannot be used ({reason(error)}): make it writable.") from error
 
 
 def _intact(folder, wanted=()):
@@ -336,9 +338,8 @@ def write_set(folder, texts, tokenizer, facts):
     """
     for leftover in folder.glob(f".*.{'?' * 32}.tmp"):  # of a process that was killed
         leftover.unlink(missing_ok=True)
-    entries = dict.fromkeys(["train", "val"], {"tokens": 0, "words": 0, "lines": 0})  # at least
+    outs, entries = [], dict.fromkeys(["train", "val"], {"tokens": 0, "words": 0, "lines": 0})
     with contextlib.ExitStack() as stack:
-        outs = [stack.enter_context(atomic_write(folder / "meta.json"))]  # gets its name last
         for split, group in groupby(texts, key=lambda pair: pair[0]):
             outs.append(stack.enter_context(atomic_write(folder / f"{split}.bin")))
             entry = _write_split(outs[-1], (text for _, text in group), tokenizer)
@@ -347,7 +348,8 @@ def write_set(folder, texts, tokenizer, facts):
         meta = {"name": folder.name, "stand_in": False, **facts}
         meta |= {"dtype": "uint16", "tokenizer": tokenizer.name, "splits": entries}
         meta |= {"vocab_size": tokenizer.vocab_size, **tokenizer.vocabulary}
-        outs[0].write(json.dumps(sealed(meta), indent=1).encode())
+        outs.append(stack.enter_context(atomic_write(folder / "meta.json")))  # gets its name first
+        outs[-1].write(json.dumps(sealed(meta), indent=1).encode())
         for out in outs:  # all are on the disk before the first one gets its name
             out.flush()
             os.fsync(out.fileno())

@@ -7,6 +7,7 @@ texts need DATA_MIRROR, the folder or address that holds them (see data/README.m
 """
 
 import contextlib
+import encodings.utf_8_sig  # noqa: F401  # before a test gives up the right to read it
 import functools
 import hashlib
 import http.server
@@ -436,11 +437,15 @@ def test_name_made_from_the_source_replaces_only_a_text_from_the_same_place(tmp_
     put(tmp_path, "b/notes.txt", play(50))
     texts(there, "ours")
     before = texts(there, "notes_char").meta
-    with refused(
-        "notes_char holds another text", "--name", "name=", "'notes_char' to replace that"
-    ):
+    named = "notes_char holds another text", "--name", "name=", "'notes_char' to replace that"
+    with refused(*named):
         texts(here)
     assert load(first.folder).meta == before
+    whole = (first.folder / "meta.json").read_text()
+    put(first.folder, "meta.json", whole[:-9])  # nobody knows of which text
+    with refused(*named):
+        texts(here)
+    put(first.folder, "meta.json", whole)
     put(tmp_path, "b/notes.txt", play(60))
     monkeypatch.chdir(tmp_path / "a")
     assert text_of(texts("../b/notes.txt")) == play(60)
@@ -579,6 +584,11 @@ FOREIGN = {"linked": lambda mine, other: mine.symlink_to(other)}
 FOREIGN |= {"copied": lambda mine, other: shutil.copytree(other, mine)}
 FOREIGN |= {"nanoGPT's": lambda mine, other: put(mine, "train.bin", "tokens")}
 FOREIGN |= {"somebody's": lambda mine, other: put(mine, "meta.json", '{"mine": 1}')}
+FOREIGN |= {
+    "nanoGPT's beside our lock": lambda mine, other: [
+        put(mine, name, "tokens") for name in (".lock", "val.bin")
+    ]
+}
 FOREIGN |= {"notes of somebody's": lambda mine, other: put(mine, "mine.md", "text")}
 FOREIGN |= {"the text's": lambda mine, other: put(mine, "a.txt", play())}
 

@@ -229,7 +229,9 @@ def test_learning_is_fastest_where_the_intervals_say(cells):
     rates = [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 0.8, 0.4, 0.1]
     rows = pd.DataFrame({"step": range(0, 1100, 100), "learning_rate": rates, "data": "a"})
     falls = np.where(rows["learning_rate"].rolling(2).mean() > 0.5, 0.3, 0.1)
-    slope = cells("analysis-lr", histories=rows.assign(validation=9 - falls.cumsum()))["slope"]
+    given = {"names": ["a"], "configs": [SimpleNamespace(learning_rate=1)]}
+    histories = rows.assign(validation=9 - falls.cumsum())
+    slope = cells("analysis-lr", histories=histories, **given)["slope"]
     assert slope["a"].to_dict() == pytest.approx({"above half the peak": 3, "below": 1})
 
 
