@@ -50,7 +50,7 @@ class TrainConfig:
     attn_gate: bool = False
     pointer: bool = False
     learning_rate: float = 1e-3  # peak, reached after the warm-up
-    min_lr: float = 1e-4  # reached when the last step is done
+    min_lr: float = 1e-4  # reached when the last step is done, if the warm-up is shorter
     decay_lr: bool = True  # cosine from the peak to min_lr; False: the peak throughout
     max_iters: int = 5000  # optimizer steps
     warmup_iters: int = 200
@@ -222,10 +222,10 @@ def distributed():
         dist.destroy_process_group()
 
 
-def all_reduce_sum(tensor):
-    """The sum over all processes, in place."""
+def all_reduce(tensor, operation="SUM"):
+    """The sum or "MAX" over all processes, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return tensor
 
 
@@ -262,7 +262,7 @@ def estimate_loss(model, tokens, config, precision):
     with evaluating(model), precision.autocast():
         batches = (get_batch(tokens, part, config.block_size) for part in parts)
         total = sum(model.token_losses(x, y).sum(dtype=torch.float64) for x, y in batches)
-    return all_reduce_sum(total).item() / (len(starts) * config.block_size)
+    return all_reduce(total).item() / (len(starts) * config.block_size)
 
 
 @dataclass(frozen=True)
@@ -600,7 +600,7 @@ class Trainer:
             self.graphed_step()
         if last < self.config.max_iters:
             self.load(last)  # while the device works
-        losses = all_reduce_sum(self.losses[: last - first].clone()) / world_size()
+        losses = all_reduce(self.losses[: last - first].clone()) / world_size()
         norms = self.grad_norms[: last - first].tolist()
         return losses.tolist(), norms, time.perf_counter() - started
 
@@ -702,9 +702,7 @@ class Interrupts:
 
     def __call__(self):
         """Whether any process has received one: all ask at the same steps, and stop together."""
-        number = torch.tensor(self.received or 0)
-        if world_size() > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+        number = all_reduce(torch.tensor(self.received or 0), "MAX")
         self.received = self.received or number.item() or None
         return number.item() > 0
 
@@ -917,7 +915,7 @@ def train_loop(run, trainer, view, save_every, interrupted):
         if not run.due_for_evaluation():  # which checks the weights, and saves them
             run.save(trainer, save_every)
     run.save(trainer)
-    all_reduce_sum(torch.zeros(1))  # nobody leaves before the files are written
+    all_reduce(torch.zeros(1))  # nobody leaves before the files are written
     run.end(trainer)
     view(run)
 
@@ -956,7 +954,7 @@ def train_command(options, device):
         name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
     data = load(ROOT / name)
     differs = on_main_process(lambda: data.fingerprint) != data.fingerprint
-    if all_reduce_sum(torch.tensor(float(differs))):
+    if all_reduce(torch.tensor(float(differs))):
         raise DataError(f"Hosts hold different sets {name}: copy the main one's folder to all.")
     if name != str(options.dataset) and not rank():
         print(f"{options.dataset} cannot be had (see data/README.md); instead: {data.title}")
@@ -964,8 +962,9 @@ def train_command(options, device):
     config = preset.shakespeare if plays else preset.wikitext2
     config = replace(config, **{k: v for k, v in vars(options).items() if hasattr(config, k)})
     out, view = options.out or out_folder(data.folder.name), None if rank() else print_progress
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
-    how = {"fresh": options.fresh and not again, "start_from": options.start_from, "view": view}
+    if options.fresh and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("--fresh would start over at each restart: leave out --max-restarts.")
+    how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
     return train_model(make_model(config, data), data, config, out, choose_precision(device), **how)
 
 

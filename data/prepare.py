@@ -33,6 +33,7 @@ from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Unavailable, atomic_wr
 ROOT = Path(__file__).resolve().parent
 PIECE = 1 << 18  # characters read, and about as many encoded, at a time
 LONGEST = 1 << 25  # characters without a blank that GPT-2's encoding can hold in memory
+OURS = re.compile(r"(train|val|test)-[0-9a-f]{8}\.bin|\..+\.[0-9a-f]{32}\.tmp")  # file names here
 LAST_VISIBLE = re.compile(r"(?s).*\S(?=[ \n])")  # up to the last place where `_pieces` may cut
 
 # Another count than these means another text or tokenizer than the published figures have.
@@ -55,8 +56,7 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
     """
     if name not in NAMES:
         raise ValueError(f"There is no data set {name!r}: choose one of {', '.join(NAMES)}.")
-    root = Path(root)
-    folder = root / name
+    root, folder = Path(root), Path(root) / name
     parts = _shakespeare if name == "shakespeare_char" else _wikitext2
     try:
         return _intact(folder) or _open_or_make(folder, *parts(name, root))
@@ -102,7 +102,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     made = _alphabet(chars) if tokenizer == "char" else GPT2Tokenizer(root)
     facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
     facts |= {"source": path.name, "source_sha256": {"text": digest.hexdigest()}}
-    facts["place"] = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]  # tells no path
+    facts["place"] = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:16]
     rule = "90% of the characters train, the rest validates; cut at the next blank line, else"
     facts["split_rule"] = f"{rule} line end, within 5% or {LONGEST:,} characters, else there"
     return _open_or_make(folder, texts, made, facts, None if name else facts["place"])
@@ -110,15 +110,14 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
 
 def _check_folder(folder, wanted=(), place=None):
     """DataError if a folder holds another's files, or a text neither `wanted` nor of `place`."""
-    ours = all(os.path.exists(folder / name) for name in (".lock", "meta.json"))
-    meta, foreign = {"place": ""} if ours else {}, any(folder.glob("[!.]*")) and not ours
-    try:
+    path, meta = folder / "meta.json", {}
+    ours = all(OURS.fullmatch(file.name) for file in folder.glob("[!.]*"))
+    if os.path.exists(path) and path.read_bytes().startswith(b'{\n "format"'):  # as written here
+        ours, meta = True, {"place": "unknown where it is damaged"}
+    with contextlib.suppress(DataError):
         meta = read_meta(folder)
-        foreign = meta["name"] != folder.name
-    except DataError as error:  # there is none, or a damaged one, which is made again
-        if isinstance(error.__cause__, OSError):
-            raise
-    if foreign:
+        ours = meta["name"] == folder.name
+    if not ours:
         text = f"{folder} holds files that are not the set {folder.name}'s"
         raise DataError(f"{text}: move them away, or choose another name for your text.")
     if place and meta.get("place", place) != place and meta != meta | wanted:
@@ -267,6 +266,9 @@ def _find_files(source):
     """The files that a path, a folder or a pattern means, by path, and their sizes; none empty."""
     path = Path(source)
     with _readable(source):
+        for parent in filter(glob.has_magic, map(str, path.parents)):
+            for folder in filter(os.path.isdir, glob.iglob(parent, recursive=True)):
+                os.listdir(folder)  # or else glob leaves it out without a word
         if str(source) and path.is_dir():  # Path("") is the current folder
             found = list(_walk(path, set()))
         else:
@@ -332,29 +334,27 @@ def openings(data, count=3):
 
 # ----- tokens -----
 def write_set(folder, texts, tokenizer, facts):
-    """Write one .bin a split and meta.json; nothing is touched before all is known to be good.
+    """Write one .bin a split and meta.json, which makes them the set: until then the old one is.
 
     `texts` are (split, text) pairs, a split's own in a row; `facts` are meta.json's other fields.
     """
-    for leftover in folder.glob(f".*.{'?' * 32}.tmp"):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
-    outs, entries = [], dict.fromkeys(["train", "val"], {"tokens": 0, "words": 0, "lines": 0})
+    digits = hashlib.sha256(f"{facts['source_sha256']} {tokenizer.name}".encode()).hexdigest()[:8]
+    entries = dict.fromkeys(["train", "val"], {"tokens": 0, "words": 0, "lines": 0})  # at least
     with contextlib.ExitStack() as stack:
+        out = stack.enter_context(atomic_write(folder / "meta.json"))  # gets its name last
         for split, group in groupby(texts, key=lambda pair: pair[0]):
-            outs.append(stack.enter_context(atomic_write(folder / f"{split}.bin")))
-            entry = _write_split(outs[-1], (text for _, text in group), tokenizer)
-            entries[split] = {"file": f"{split}.bin"} | entry
+            name = f"{split}-{digits}.bin"
+            file, parts = stack.enter_context(atomic_write(folder / name)), (t for _, t in group)
+            entries[split] = {"file": name} | _write_split(file, parts, tokenizer)
         _check_sizes(folder.name, entries)
         meta = {"name": folder.name, "stand_in": False, **facts}
         meta |= {"dtype": "uint16", "tokenizer": tokenizer.name, "splits": entries}
         meta |= {"vocab_size": tokenizer.vocab_size, **tokenizer.vocabulary}
-        outs.append(stack.enter_context(atomic_write(folder / "meta.json")))  # gets its name first
-        outs[-1].write(json.dumps(sealed(meta), indent=1).encode())
-        for out in outs:  # all are on the disk before the first one gets its name
-            out.flush()
-            os.fsync(out.fileno())
-        with ThreadPoolExecutor(1) as pool:  # Ctrl-C, which only stops the main thread, waits
-            pool.submit(stack.pop_all().close).result()
+        out.write(json.dumps(sealed(meta), indent=1).encode())
+    for path in folder.iterdir():  # what the old set and killed processes leave
+        if OURS.fullmatch(path.name) and not path.name.endswith(f"-{digits}.bin"):
+            with contextlib.suppress(OSError):  # Windows keeps what a notebook reads
+                path.unlink()
 
 
 def _check_sizes(name, entries):

@@ -57,7 +57,7 @@ def random_data(folder, vocab_size, repeats):
 
 def timed(function, *arguments):
     """Seconds of a call, which all processes begin together."""
-    helpers.all_reduce_sum(torch.zeros(1))
+    helpers.all_reduce(torch.zeros(1))
     wait = torch.cuda.synchronize if CUDA else time.perf_counter
     wait()
     began = time.perf_counter()

@@ -281,11 +281,15 @@ def test_the_command_starts_from_earlier_weights_and_afresh(run_command, corpus,
     assert saved(out)["identity"]["start_from"] is None
 
 
-def test_the_command_that_torchrun_restarts_does_not_start_over(run_command, capsys, monkeypatch):
-    for count, ended in (("0", "finished"), ("1", "loaded")):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        assert run_command("tiny --max_iters 2 --fresh") == 0
-        assert ended in capsys.readouterr().out
+def test_the_command_that_torchrun_may_restart_does_not_start_over(
+    run_command, capsys, monkeypatch
+):
+    """Nor does it load the old run, where the first attempt ended before it saved anything."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert run_command("tiny --max_iters 2 --fresh") == 1
+    assert "--max-restarts" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert run_command("tiny --max_iters 2 --fresh") == 0
 
 
 @pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])

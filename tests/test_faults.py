@@ -555,20 +555,21 @@ def prepared(corpus, tmp_path):
     return Path(shutil.copytree(corpus.folder, tmp_path / "sentences"))
 
 
-@each("name", ["train.bin", "val.bin", "meta.json"])
+@each("name", ["train-*.bin", "val-*.bin", "meta.json"])
 def test_prepared_file_cut_short(prepared, fault, name):
-    bins = ".bin cut short, to an odd size, or empty"
-    for _ in cut(prepared / name):
+    bins, (path,) = ".bin cut short, to an odd size, or empty", prepared.glob(name)
+    for _ in cut(path):
         with fault("meta.json cut short" if name == "meta.json" else bins):
-            refused(partial(load, prepared), prepared / name, kind=DataError, unchanged=prepared)
+            refused(partial(load, prepared), path, kind=DataError, unchanged=prepared)
 
 
-@each("name", ["train.bin", "val.bin", "meta.json"])
+@each("name", ["train-*.bin", "val-*.bin", "meta.json"])
 @seeds(1, 10)
 def test_bits_flipped_in_a_prepared_file(prepared, fault, name, seed):
-    for _ in flip(prepared / name, random.Random(seed), 40):
+    (path,) = prepared.glob(name)
+    for _ in flip(path, random.Random(seed), 40):
         with fault(f"bits flipped in {'meta.json' if name == 'meta.json' else 'a .bin'}"):
-            refused(partial(load, prepared), prepared / name, kind=DataError, unchanged=prepared)
+            refused(partial(load, prepared), path, kind=DataError, unchanged=prepared)
 
 
 def test_another_data_set_in_place_of_the_trained_one(corpus, copied, tmp_path, fault):
