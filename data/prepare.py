@@ -103,8 +103,7 @@ def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):
     facts = {"title": folder.name, "variant": "own", "licence": "not stated"}
     facts |= {"source": path.name, "source_sha256": {"text": digest.hexdigest()}}
     facts["place"] = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:16]
-    rule = "90% of the characters train, the rest validates; cut at the next blank line, else"
-    facts["split_rule"] = f"{rule} line end, within 5% or {LONGEST:,} characters, else there"
+    facts["split_rule"] = "90% train; cut at the next blank line, else line end, in 5%, else there"
     return _open_or_make(folder, texts, made, facts, None if name else facts["place"])
 
 
@@ -120,8 +119,9 @@ def _check_folder(folder, wanted=(), place=None):
     if not ours:
         text = f"{folder} holds files that are not the set {folder.name}'s"
         raise DataError(f"{text}: move them away, or choose another name for your text.")
-    if place and meta.get("place", place) != place and meta != meta | wanted:
-        text = f"{folder} holds another text, from another place: give yours a name of its own"
+    own = dict(wanted, place=place, source_sha256=meta.get("source_sha256"))
+    if place and meta and meta not in (meta | own, meta | wanted):
+        text = f"{folder} is of another place or tokenizer: give your text a name of its own"
         raise DataError(f"{text} (--name, in Python name=), or {folder.name!r} to replace that.")
 
 
@@ -267,8 +267,8 @@ def _find_files(source):
     path = Path(source)
     with _readable(source):
         for parent in filter(glob.has_magic, map(str, path.parents)):
-            for folder in filter(os.path.isdir, glob.iglob(parent, recursive=True)):
-                os.listdir(folder)  # or else glob leaves it out without a word
+            for folder in map(os.path.realpath, glob.iglob(parent, recursive=True)):
+                os.path.isfile(folder) or os.listdir(folder)  # glob leaves out what it cannot read
         if str(source) and path.is_dir():  # Path("") is the current folder
             found = list(_walk(path, set()))
         else:

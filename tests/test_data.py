@@ -446,7 +446,7 @@ def test_name_made_from_the_source_replaces_only_a_text_from_the_same_place(tmp_
     put(tmp_path, "b/notes.txt", play(50))
     texts(there, "ours")
     before = texts(there, "notes_char").meta
-    named = "notes_char holds another text", "--name", "name=", "'notes_char' to replace that"
+    named = "notes_char is of another place", "--name", "name=", "'notes_char' to replace that"
     with refused(*named):
         texts(here)
     assert load(first.folder).meta == before
@@ -460,8 +460,9 @@ def test_name_made_from_the_source_replaces_only_a_text_from_the_same_place(tmp_
     assert text_of(texts("../b/notes.txt")) == play(60)
     assert re.fullmatch("[0-9a-f]{16}", load(first.folder).meta["place"])
     old = {key: value for key, value in load(first.folder).meta.items() if key != "place"}
-    put(first.folder, "meta.json", json.dumps(sealed(old)))  # from before sets had a place
-    assert text_of(texts("notes.txt")) == play()
+    put(first.folder, "meta.json", json.dumps(sealed(old), indent=1))  # before sets had a place
+    with refused(*named):
+        texts("notes.txt")
 
 
 def test_place_is_that_of_the_file_that_is_read(tmp_path):
@@ -470,8 +471,17 @@ def test_place_is_that_of_the_file_that_is_read(tmp_path):
     below = put(tmp_path, "b/below/any.txt", play(50)).parent
     put(tmp_path, "b/notes.txt", play(50))
     (tmp_path / "a/link").symlink_to(below)
-    with refused("another text, from another place"):
+    with refused("notes_char is of another place"):
         texts(tmp_path / "a/link/../notes.txt")
+
+
+def test_set_by_character_is_not_replaced_by_the_same_text_in_tokens(tmp_path, monkeypatch):
+    source = put(tmp_path, "notes.txt", play())
+    first = prepare_text(source, "notes", "char", tmp_path)
+    monkeypatch.setattr(GPT2Tokenizer, "encoding", None)  # which is not needed to refuse
+    with refused("notes is of another place or tokenizer"):
+        prepare_text(source, root=tmp_path)
+    assert load(first.folder).meta == first.meta
 
 
 @pytest.mark.parametrize("older", ["", play(30)], ids=["new", "over another"])
@@ -581,6 +591,8 @@ def test_set_without_one_of_its_two_splits_is_too_short(tmp_path, split):
 def test_link_that_leads_nowhere_is_named(own, tmp_path, source):
     own(play())
     (tmp_path / "texts/lost.txt").symlink_to(tmp_path / "nothing")
+    with refused("*/* cannot be read (No such file"):  # perhaps a folder
+        prepare_text(tmp_path / "texts/*/*", "mine", "char", tmp_path)
     with refused(tmp_path / "texts/lost.txt", "cannot be read (No such file"):
         prepare_text(tmp_path / source, "mine", "char", tmp_path)
 
