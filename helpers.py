@@ -680,7 +680,7 @@ def out_of_memory(error):
 
 
 class Interrupts:
-    """While entered, the first interrupt, termination or hang-up is only noted; a second acts."""
+    """While entered, signals to end are only noted; alone, a second interrupt acts at once."""
 
     def __enter__(self):
         self.received, self.previous = None, {}
@@ -691,13 +691,14 @@ class Interrupts:
         return self
 
     def note(self, number, frame):
-        self.received = number
-        self.__exit__()
+        self.received = self.received or number
+        if number == signal.SIGINT and world_size() == 1:  # torchrun passes on what all got
+            signal.signal(number, self.previous.pop(number))
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if error and self.received not in (None, signal.SIGINT):  # not the call by `note`
+        if self.received not in (None, signal.SIGINT):
             signal.raise_signal(self.received)  # takes its course, now that work is saved
 
     def __call__(self):

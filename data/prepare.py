@@ -432,7 +432,7 @@ def main(arguments=None):
             data = prepare(name) if name in NAMES else prepare_text(name, options.name, tokenizer)
             for split, tokens in data.splits.items():
                 sizes = f"{len(tokens):,} tokens ({data.tokenizer.name}), "
-                sizes += f"{data.bytes[split]:,} bytes, {data.words[split]:,} words"
+                sizes += f"{data.bytes[split]:,} bytes, {data.words[split]:,} words with line ends"
                 try:
                     print(f"{data.title}, {split}: {sizes}, from {data.meta['source']}", flush=True)
                 except BrokenPipeError:  # of `| head`: the next sets are made all the same

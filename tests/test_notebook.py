@@ -22,7 +22,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from helpers import choose_precision
+from helpers import PRESETS, choose_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 MIRROR = os.environ.get("DATA_MIRROR")
@@ -181,7 +181,7 @@ def test_learning_at_rate_0_saves_nothing(cells, corpus, lively):
     model = lively(corpus.vocab_size, block_size=16, scale=0.2)
     given = {"improved": [[SimpleNamespace(load=lambda *_: model)] * 2], "better_sets": [corpus]}
     given |= {"names": ["tiny"], "excerpt": None, "precision": choose_precision("cpu")}
-    given["preset"] = SimpleNamespace(thorough=True)
+    given["preset"] = SimpleNamespace(thorough=True, improved=())
     ids = "losses", "figures", "dynamic-losses", "improved-losses", "label", "dynamic-curve"
     rates = (lambda *_: 0), (lambda *_: 0.003)
     none, some = (cells(*ids, **given, choose_rate=rate)["rows"][0] for rate in rates)
@@ -222,6 +222,17 @@ def test_a_shared_run_begins_after_the_prompt_s_words(cells):
     share = cells("longest-run")["longest_shared_run"]
     assert share("The <unk> sat on a mat", "The encyclopaedist", " he sat on a mat ") == 4
     assert share("We saw <unk> articles to-day", "We saw it art", " saw <unk> articles to ") == 0
+
+
+def test_figures_of_other_values_or_data_are_refused(cells):
+    """As after a training cell that failed, with the run of before."""
+    check, smoke = cells("trained")["check_trained"], PRESETS["smoke"].wikitext2
+    data = SimpleNamespace(fingerprint="a", title="Text")
+    check(SimpleNamespace(data=data, config=smoke), data, smoke)
+    other = SimpleNamespace(fingerprint="b", title="Text")
+    for run_data, config in ((data, replace(smoke, dropout=0.5)), (other, smoke)):
+        with pytest.raises(ValueError, match="run its training again"):
+            check(SimpleNamespace(data=run_data, config=config), data, smoke)
 
 
 def test_learning_is_fastest_where_the_intervals_say(cells):

@@ -483,6 +483,18 @@ def test_second_interrupt_acts_at_once(corpus, config, tmp_path):
         train(corpus, config, tmp_path, view=twice)
 
 
+@pytest.mark.parametrize("number", [HANGUP, signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_twice_is_one(monkeypatch, number):
+    """As a shell and the terminal that closes send it both, and torchrun what all have got."""
+    monkeypatch.setattr(helpers, "world_size", lambda: 1 + (number == signal.SIGINT))
+    passed_on = []
+    with own_handler(number, passed_on.append), helpers.Interrupts() as interrupted:
+        for _ in range(2):
+            signal.raise_signal(number)
+        assert interrupted.received == number and not passed_on
+    assert passed_on == [number] * (number != signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", [HANGUP, signal.SIGINT])
 def test_signal_that_is_ignored_stays_ignored(corpus, config, tmp_path, number):
     """As a hang-up is under nohup, and an interrupt in a shell's background."""
