@@ -217,8 +217,8 @@ def _open_split(folder, entry):
 
 def damaged(path, what, error=None):
     """The error for a file of a prepared folder that cannot be used, or may not be read."""
-    if isinstance(error, PermissionError):
-        return DataError(f"{path} may not be read: change its permissions, or its folder's.")
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return DataError(f"{path} cannot be read ({reason(error)}): see to its permissions.")
     return DataError(f"{path} {what}: delete the set's files there, and prepare the data again.")
 
 

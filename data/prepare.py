@@ -282,7 +282,7 @@ def _find_files(source):
                 files.setdefault(place, (file, facts.st_size))
     if not files:
         raise DataError(f"{str(source)!r} matches no file: give a file, a folder or a pattern.")
-    return {file: size for file, size in files.values() if size}
+    return dict(files.values())
 
 
 def _walk(folder, seen):
