@@ -949,6 +949,8 @@ def print_progress(run):
 
 def train_command(options, device):
     """Trains as the notebook's cell does, to the same folder; returns the Run."""
+    if options.fresh and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("--fresh would start over at each restart: leave out --max-restarts.")
     preset, name = choose_preset(options.preset), str(options.dataset)
     if name in NAMES:  # made by the main process alone; on other hosts the set must be there
         stand_in = not preset.thorough
@@ -963,8 +965,6 @@ def train_command(options, device):
     config = preset.shakespeare if plays else preset.wikitext2
     config = replace(config, **{k: v for k, v in vars(options).items() if hasattr(config, k)})
     out, view = options.out or out_folder(data.folder.name), None if rank() else print_progress
-    if options.fresh and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        raise ValueError("--fresh would start over at each restart: leave out --max-restarts.")
     how = {"fresh": options.fresh, "start_from": options.start_from, "view": view}
     return train_model(make_model(config, data), data, config, out, choose_precision(device), **how)
 

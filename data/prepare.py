@@ -263,7 +263,7 @@ def _readable(what):
 
 
 def _find_files(source):
-    """The files that a path, a folder or a pattern means, by path, and their sizes; none empty."""
+    """The files that a path, a folder or a pattern means, by path, each once, and their sizes."""
     path = Path(source)
     with _readable(source):
         for parent in filter(glob.has_magic, map(str, path.parents)):
@@ -273,12 +273,12 @@ def _find_files(source):
             found = list(_walk(path, set()))
         else:
             found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
-    files, found = {}, sorted(found, key=Path.as_posix, reverse=True)  # the first path counts
-    for file in sorted({os.path.realpath(f): f for f in found}.values(), key=Path.as_posix):
+    files = {}
+    for file in sorted(found, key=Path.as_posix):
         with _readable(file):
-            facts = file.stat()  # fails for a link that leads nowhere
-            place = (facts.st_dev, facts.st_ino) if facts.st_ino else file
-            if file.is_file():  # once, however many links lead to it
+            facts = os.stat(os.path.realpath(file))  # fails for a link that leads nowhere
+            place = (facts.st_dev, facts.st_ino) if facts.st_ino else os.path.realpath(file)
+            if file.is_file():  # the first path counts, however many links lead to it
                 files.setdefault(place, (file, facts.st_size))
     if not files:
         raise DataError(f"{str(source)!r} matches no file: give a file, a folder or a pattern.")
