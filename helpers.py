@@ -988,7 +988,7 @@ def main(arguments=None):
         with distributed() as device:
             return 130 if train_command(options, device).interrupted else 0
     except (CheckpointError, TrainingError, DataError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":  # said once by several processes
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # said once a machine
             print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

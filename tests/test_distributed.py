@@ -353,7 +353,8 @@ def test_the_command_refuses_in_one_sentence(run_command, tmp_path, capsys, line
 def test_the_command_in_processes_of_another_starter_names_torchrun(
     run_command, capsys, monkeypatch
 ):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for key, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():  # each says what is wrong
+        monkeypatch.setenv(key, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert run_command("tiny") == 1 and "torchrun" in capsys.readouterr().err
 
