@@ -23,7 +23,7 @@ READABLE = (  # what WikiText's tokenization is undone by, in this order
     (r" ([,.;:?!)\]%]|\.\.\.|'(?:s|t|d|m|re|ve|ll))(?!\S)", r"\1"),
     (r"\b([A-Za-z]) (?='\w)", r"\1"),  # O'Brien, d'état
     (r"([(\[$£]) ", r"\1"),
-    (r'" ([^"\n]*) "', r'"\1"'),  # a line's quotes, two by two
+    (r'(?<![^\s(\[])" ([^"\n]*) "', r'"\1"'),  # a line's quotes, two by two; once is as twice
 )
 
 

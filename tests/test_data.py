@@ -36,7 +36,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import fetch as fetching
 from data import prepare as preparing
-from data.dataset import CharTokenizer, GPT2Tokenizer, WordTokenizer, load, sealed
+from data.dataset import READABLE, CharTokenizer, GPT2Tokenizer, WordTokenizer, load, sealed
 from data.fetch import SHAKESPEARE, WIKITEXT2, DataError, Source, Unavailable, WrongBytes, fetch
 from data.prepare import NAMES, main, openings, prepare, prepare_alike, prepare_text, write_set
 
@@ -930,7 +930,7 @@ def test_words_line_ends_and_unknown_words():
 READ = {
     "= = Red @-@ brown cats = = <eos> <eos> It": "== Red-brown cats ==\n\nIt",
     "1 @,@ 200 @.@ 5 km ( 746 mi ) , or 5 %": "1,200.5 km (746 mi), or 5%",
-    'a " cat \'s game " ; he didn \'t " see " .': 'a "cat\'s game"; he didn\'t "see".',
+    'a " cat \'s game " he didn \'t " see " .': 'a "cat\'s game" he didn\'t "see".',
     'one " quote <eos> " more " left': 'one " quote\n"more" left',
     "Who ? [ sic ] : O 'Brien ... !": "Who? [sic]: O'Brien...!",
     "cats ' .22 US $ 5 at 4 : 30": "cats ' .22 US $5 at 4: 30",
@@ -941,7 +941,11 @@ READ = {
 def test_words_are_decoded_for_readers(text):
     words = text.split()
     tokenizer = WordTokenizer([*dict.fromkeys([*words, "<unk>", "<eos>"])])
-    assert tokenizer.decode(tokenizer.encode(text)) == READ[text]
+    readable = tokenizer.decode(tokenizer.encode(text))
+    assert readable == READ[text]
+    for pattern, plain in READABLE:  # what is readable stays so
+        readable = re.sub(pattern, plain, readable)
+    assert readable == READ[text]
 
 
 def test_foreign_characters_and_ids_are_named(merging):
