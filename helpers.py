@@ -512,7 +512,7 @@ class Optimizers:
     def __init__(self, model, config, lr, device_type):
         hidden = model.transformer.h.named_parameters() if config.muon_lr_scale else []
         matrices = [p for name, p in hidden if p.dim() == 2 and "c_gate" not in name]
-        betas, decay = (config.beta1, config.beta2), config.weight_decay
+        betas, decay = (float(config.beta1), float(config.beta2)), config.weight_decay
         adamw = model.configure_optimizers(decay, lr, betas, device_type, leave_out=matrices)
         self.by_name = {"optimizer": adamw}
         if matrices:

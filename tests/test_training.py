@@ -97,7 +97,7 @@ def unbroken(corpus, config, tmp_path):
 
 # ----- configuration and presets -----
 ALONE = {**SWITCHED, "compile": True, "decay_lr": False, "seed": 0, "max_iters": 1, "n_head": 1}
-ALONE |= dict.fromkeys(("dropout", "weight_decay", "grad_clip", "beta1", "beta2"), 0.0)
+ALONE |= dict.fromkeys(("dropout", "weight_decay", "grad_clip", "beta1", "beta2"), 0)  # or 0.0
 ALONE |= dict.fromkeys(("batch_size", "block_size", "n_layer", "eval_interval", "eval_iters"), 1)
 ALONE |= {"warmup_iters": 1000, "gradient_accumulation_steps": 3}
 
