@@ -692,7 +692,7 @@ class Interrupts:
 
     def note(self, number, frame):
         self.received = self.received or number
-        if number == signal.SIGINT and world_size() == 1:  # torchrun passes on what all got
+        if number == signal.SIGINT and "LOCAL_RANK" not in os.environ:  # torchrun passes its own on
             signal.signal(number, self.previous.pop(number))
 
     def __exit__(self, *error):

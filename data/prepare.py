@@ -268,7 +268,7 @@ def _find_files(source):
     with _readable(source):
         for parent in filter(glob.has_magic, map(str, path.parents)):
             for folder in map(os.path.realpath, glob.iglob(parent, recursive=True)):
-                os.path.isfile(folder) or os.listdir(folder)  # glob leaves out what it cannot read
+                os.path.isfile(folder) or os.listdir(f"{folder}/.")  # glob says nothing
         if str(source) and path.is_dir():  # Path("") is the current folder
             found = list(_walk(path, set()))
         else:

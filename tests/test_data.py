@@ -732,15 +732,18 @@ def unprivileged():
 
 LOCKED = [("texts", "texts"), ("texts", "texts/below/one.txt"), ("texts/below", "texts")]
 LOCKED += [("texts/below", "texts/**/*.txt"), ("texts/below", "texts/*/*")]
-LOCKED += [("texts/below/one.txt", "texts"), ("root", "texts"), ("mine/meta.json", "")]
+LOCKED += [("texts/below", "texts/*/one.txt"), ("texts/below/one.txt", "texts")]
+LOCKED += [("root", "texts"), ("mine/meta.json", "")]
 
 
+@pytest.mark.parametrize("mode", [0, 0o444])
 @pytest.mark.parametrize("locked, source", LOCKED)
-def test_what_may_not_be_read_or_written_is_one_sentence(unprivileged, locked, source):
+def test_what_may_not_be_read_or_written_is_one_sentence(unprivileged, locked, source, mode):
     put(unprivileged, "texts/below/one.txt", play())
     put(unprivileged, "mine/meta.json", "{}")
     (unprivileged / "root").mkdir()
-    os.chmod(unprivileged / locked, 0)
+    mode *= (unprivileged / locked).is_dir()  # such a folder can be listed, not entered
+    os.chmod(unprivileged / locked, mode)
     says = ["make it writable", "root"] if locked == "root" else ["permissions", source]
     with refused(*says):
         if source:
