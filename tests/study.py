@@ -97,16 +97,18 @@ def ladder_configs(preset):
 
 
 def ladder(preset, precision):
-    """Yields a row per step."""
+    """Yields a row per step and seed."""
     for configs in ladder_configs(preset):
         title = prepared(configs[0][1], preset).title
         for step, name, config in configs:
-            data = prepared(name, preset)
-            found, seconds = score(data, config, precision, "best", max(1, config.block_size // 4))
-            row = {"data": title, "step": step, "loss": found.loss, "word_perplexity": None}
-            if data.unit != "character":
-                row["word_perplexity"] = found.word_perplexity
-            yield row | {"seconds": seconds, "seed": config.seed}
+            data, stride = prepared(name, preset), max(1, config.block_size // 4)
+            for seed in SEEDS:
+                how = replace(config, seed=seed), precision, "best", stride
+                found, seconds = score(data, *how)
+                row = {"data": title, "step": step, "loss": found.loss, "word_perplexity": None}
+                if data.unit != "character":
+                    row["word_perplexity"] = found.word_perplexity
+                yield row | {"seconds": seconds, "seed": seed}
 
 
 # ----- sensitivity -----
