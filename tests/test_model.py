@@ -5,6 +5,7 @@ python -m pytest tests/test_model.py
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -332,6 +333,19 @@ def test_generation_equals_a_naive_loop(lively, switches, prompt):
         assert torch.equal(made, expected), f"{made.tolist()} is not {expected.tolist()}"
     other = model.generate(idx, 20, 2.0, 5, seeded(prompt + 1))
     assert not torch.equal(made, other), "the generator's seed does not decide the text"
+
+
+@pytest.mark.parametrize("place", ["drop", "weights", "attn.resid_dropout", "mlp.dropout"])
+def test_dropout_acts_at_each_of_its_places_while_training(lively, place):
+    model, idx = lively(dropout=0.5), random_ids(1, 12)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not name.endswith(place):
+            module.p = 0.0
+    if place != "weights":  # attention's
+        for block in model.transformer.h:
+            block.attn.config = replace(model.config, dropout=0.0)
+    assert torch.equal(model.eval()(idx), model(idx))
+    assert not torch.equal(model.train()(idx), model(idx))
 
 
 @pytest.mark.parametrize("training", [True, False])

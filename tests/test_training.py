@@ -274,6 +274,16 @@ def test_muon_moves_the_layers_matrices_and_adamw_the_rest(config, corpus):
     assert not still, f"{still} did not move"
 
 
+def test_optimizers_have_the_values_of_the_configuration(config, corpus):
+    chosen = {"muon_lr_scale": 20.0, "beta1": 0.7, "beta2": 0.8, "weight_decay": 0.3}
+    trainer = Trainer(make_model(config := replace(config, **chosen), corpus), corpus, config, CPU)
+    adamw, (muon,) = (o.param_groups for o in trainer.optimizers.by_name.values())
+    assert [group["betas"] for group in adamw] == [(0.7, 0.8)] * 2
+    decays = {p.dim() > 1: group["weight_decay"] for group in adamw for p in group["params"]}
+    assert decays == {True: 0.3, False: 0.0}
+    assert (muon["weight_decay"], muon["lr_scale"]) == (0.3, 20.0)
+
+
 def test_steps_take_no_memory_for_evaluations_that_are_far_away(config, corpus, tmp_path):
     config = replace(config, eval_interval=10**12, max_iters=10**12)
     assert train(corpus, config, tmp_path, view=stop(3)).step == 3
@@ -305,7 +315,13 @@ def test_history_has_a_row_an_evaluation_and_a_loss_a_step(model, corpus, config
     assert sum(row["time"] for row in rows) == pytest.approx(run.seconds) and rows[1]["time"] > 0
     waited = [row["waited"] for row in rows]
     assert waited == sorted(waited) and run.seconds < waited[-1] <= run.waited
-    assert rows[1]["grad_norm"] == pytest.approx(np.mean(run.history["step_grad_norm"][:5]))
+    norms = run.history["step_grad_norm"]
+    means = [0.0, np.mean(norms[:5]), np.mean(norms[5:10]), np.mean(norms[10:])]
+    assert [row["grad_norm"] for row in rows] == pytest.approx(means)
+    for split in ("train", "val"):
+        tokens = helpers.load_tokens(corpus.splits[split], "cpu")
+        expected = helpers.estimate_loss(run.load("last"), tokens, run.config, CPU)
+        assert rows[-1][f"{split}_loss"] == pytest.approx(expected)
     assert len(run.history["step_loss"]) == len(run.history["step_grad_norm"]) == run.step == 12
     assert run.last is rows[-1] and run.best["val_loss"] == min(row["val_loss"] for row in rows)
     assert run.finished and run.interrupted is None and "finished" in run.status
