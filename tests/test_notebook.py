@@ -192,13 +192,14 @@ def test_figures_name_the_unit_the_split_and_words_that_never_occur(cells, corpu
     train, ids = np.asarray(corpus.splits["train"]), corpus.splits["test"].astype(int)
     own = replace(corpus, splits={"train": np.where(train == ids[3], ids[4], train)})
     given = {"word_losses": {"baseline": np.ones(len(ids))}, "ids": ids}
-    given |= {"spelling": dict.fromkeys(ids, "x"), "gains": [np.ones(len(ids) // 2)]}
+    given |= {"spelling": dict.fromkeys(ids, "x\t"), "gains": [np.ones(len(ids) // 2)]}
     assert cells("frequency", words=corpus, **given)["often"].categories[0] != "never"
     axes = cells("frequency", "pointer-frequency", words=own, **given)["axes"]
     assert axes.get_ylabel() == "gain (nats per character)"
     assert axes.get_xticklabels()[0].get_text() == "never"
     axes = cells("shade", "shaded", words=own, **given)["axes"]
     assert axes.get_title("left") == "baseline: 1.00 nats per character"
+    assert {text.get_text() for text in axes.texts} == {"x "}, "a tab has no glyph"
     given = {"ranked": pd.DataFrame({"model": ["here"], "x": [3.0]})}
     given |= {"bars": {"x": "x", "hue": "model"}}
     given |= {"names": ["My text"], "last_split": {"My text": "val"}, "overview": Mock()}
