@@ -210,8 +210,8 @@ def distributed():
     import torch.distributed.nn.functional  # noqa: F401  # later it would keep the group alive
 
     cuda, number = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    if cuda and number >= torch.cuda.device_count():
-        raise ValueError(f"There is no GPU for process {number + 1}: start fewer per machine.")
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", number + 1)) > torch.cuda.device_count():
+        raise ValueError("There are more processes than GPUs: start fewer on each machine.")
     if cuda:
         torch.cuda.set_device(number)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -512,7 +512,7 @@ class Optimizers:
     def __init__(self, model, config, lr, device_type):
         hidden = model.transformer.h.named_parameters() if config.muon_lr_scale else []
         matrices = [p for name, p in hidden if p.dim() == 2 and "c_gate" not in name]
-        betas, decay = (float(config.beta1), float(config.beta2)), config.weight_decay
+        betas, decay = (config.beta1, config.beta2), config.weight_decay
         adamw = model.configure_optimizers(decay, lr, betas, device_type, leave_out=matrices)
         self.by_name = {"optimizer": adamw}
         if matrices:
@@ -852,7 +852,7 @@ class Run:
         text = "loaded, not trained again" if self.resumed_at == self.step else text
         if not self.finished:
             text = "interrupted and saved: run this again, without fresh, to resume; what follows"
-            text += " goes on with this partial run unless stopped once more"
+            text += " goes on with this partial run: to end all, restart the kernel"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
@@ -988,7 +988,7 @@ def main(arguments=None):
         with distributed() as device:
             return 130 if train_command(options, device).interrupted else 0
     except (CheckpointError, TrainingError, DataError, ValueError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # said once a machine
+        if isinstance(error, TrainingError) or os.environ.get("LOCAL_RANK", "0") == "0":  # once
             print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -224,7 +224,8 @@ class GPT(nn.Module):
         parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in others]
         matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}
         vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
-        options = {"betas": betas, "fused": True, "capturable": device_type == "cuda"}
+        options = {"betas": tuple(map(float, betas)), "fused": True}
+        options["capturable"] = device_type == "cuda"
         return torch.optim.AdamW([matrices, vectors], lr=learning_rate, **options)
 
     def backbone(self, idx, kv_cache=None, positions=None):

@@ -25,6 +25,7 @@ from data.prepare import prepare
 RESULTS = Path(__file__).resolve().parent.parent / ".results"
 SHARE = 0.2  # of the baseline's tokens, for each run of the sensitivity study
 SEEDS = (1337, 1338)
+BASELINE_SEEDS = range(1337, 1345)  # of the ladder: Shakespeare's scatters most
 STUDIED = {
     "learning_rate": (3e-4, 1e-3, 3e-3),
     "batch_size": (6, 12, 24),
@@ -102,7 +103,7 @@ def ladder(preset, precision):
         title = prepared(configs[0][1], preset).title
         for step, name, config in configs:
             data, stride = prepared(name, preset), max(1, config.block_size // 4)
-            for seed in SEEDS:
+            for seed in BASELINE_SEEDS if step == "baseline" else SEEDS:
                 how = replace(config, seed=seed), precision, "best", stride
                 found, seconds = score(data, *how)
                 row = {"data": title, "step": step, "loss": found.loss, "word_perplexity": None}

@@ -359,6 +359,23 @@ def test_the_command_in_processes_of_another_starter_names_torchrun(
     assert run_command("tiny") == 1 and "torchrun" in capsys.readouterr().err
 
 
+def test_more_processes_than_gpus_are_refused_by_all(run_command, capsys, monkeypatch):
+    for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(key, "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which alone would have its GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert run_command("tiny") == 1 and "more processes than GPUs" in capsys.readouterr().err
+
+
+def test_want_of_memory_in_one_process_is_said(run_command, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(
+        helpers, "train_model", Mock(side_effect=helpers.TrainingError("No memory"))
+    )
+    assert run_command("tiny") == 1 and "No memory" in capsys.readouterr().err
+
+
 def test_a_run_folder_belongs_to_one_data_set(tmp_path):
     names = [*NAMES, "stand_in_gpt2", "stand_in_char", "notes"]
     folders = {helpers.out_folder(name, run) for name in names for run in ("test", "improved-1")}
