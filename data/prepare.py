@@ -264,7 +264,7 @@ def _readable(what):
 
 def _find_files(source):
     """The files that a path, a folder or a pattern means, by path, each once, and their sizes."""
-    path = Path(source)
+    path = Path(source) / ("*" if Path(source).name == "**" else "")  # which means the same files
     with _readable(source):
         for parent in filter(glob.has_magic, map(str, path.parents)):
             for folder in map(os.path.realpath, glob.iglob(parent, recursive=True)):

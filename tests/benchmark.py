@@ -269,9 +269,11 @@ def measure_quality(config, data, precision, folder):
         estimates.append(helpers.estimate_loss(loop.model, tokens, config, precision))
     model = helpers.make_model(config, data)
     run = helpers.train_model(model, data, config, folder, precision=precision)
+    if run.interrupted:
+        raise KeyboardInterrupt
     plain, ours = f"{min(estimates):.4f}", f"{run.best['val_loss']:.4f}"
     columns = {"seed": [str(config.seed)], "plain loop": [plain], "this project": [ours]}
-    print_table("Lowest validation estimate", columns)
+    print_table(f"Lowest validation estimate on {data.title}", columns)
 
 
 def measure_rates(base, compiled, precision, folder):

@@ -732,8 +732,8 @@ def unprivileged():
 
 LOCKED = [("texts", "texts"), ("texts", "texts/below/one.txt"), ("texts/below", "texts")]
 LOCKED += [("texts/below", "texts/**/*.txt"), ("texts/below", "texts/*/*")]
-LOCKED += [("texts/below", "texts/*/one.txt"), ("texts/below/one.txt", "texts")]
-LOCKED += [("root", "texts"), ("mine/meta.json", "")]
+LOCKED += [("texts/below", "texts/*/one.txt"), ("texts/below", "texts/**")]
+LOCKED += [("texts/below/one.txt", "texts"), ("root", "texts"), ("mine/meta.json", "")]
 
 
 @pytest.mark.parametrize("mode", [0, 0o444])
