@@ -247,7 +247,7 @@ def _set_name(path, name, tokenizer):
         stem = path.name if os.path.isdir(path) else path.stem
         name = re.sub(r"[^\w-]+", "_", stem).strip("_") or "own"
         name += "_char" * (tokenizer == "char")
-    if not re.fullmatch(r"\w[\w.-]{,59}", name) or name in TAKEN:
+    if not re.fullmatch(r"\w[\w.-]{,59}", name) or name.lower() in TAKEN:
         text = f"A set cannot be called {name!r}: give a name (--name, in Python name=) of at most"
         raise ValueError(f"{text} 60 letters, digits, - and _, but none of {', '.join(TAKEN)}.")
     return name

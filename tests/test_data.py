@@ -637,7 +637,7 @@ def test_preparing_removes_its_own_leftovers_alone(own):
     assert draft.exists() and not leftover.exists()
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "raw", "all", "../up", "", "a/b", "x" * 70])
+@pytest.mark.parametrize("name", ["shakespeare", "Shakespeare", "raw", "all", "../up", "", "a/b", "x" * 70])
 def test_names_that_are_taken_or_no_folder_s(own, name):
     with refused(repr(name), "letters, digits", error=ValueError):
         own(play(), name=name)
