@@ -268,11 +268,11 @@ def _find_files(source):
     with _readable(source):
         for parent in filter(glob.has_magic, map(str, path.parents)):
             for folder in map(os.path.realpath, glob.iglob(parent, recursive=True)):
-                os.path.isfile(folder) or os.listdir(f"{folder}/.")  # glob says nothing
+                with _readable(folder):  # glob leaves out without a word what cannot be read
+                    os.path.isfile(folder) or os.listdir(f"{folder}/.")
+        found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
         if str(source) and path.is_dir():  # Path("") is the current folder
             found = list(_walk(path, set()))
-        else:
-            found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
     files = {}
     for file in sorted(found, key=Path.as_posix):
         with _readable(file):
