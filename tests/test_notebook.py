@@ -225,6 +225,7 @@ def test_a_shared_run_begins_after_the_prompt_s_words(cells):
     share = cells("longest-run")["longest_shared_run"]
     assert share("The <unk> sat on a mat", "The encyclopaedist", " he sat on a mat ") == 4
     assert share("We saw <unk> articles to-day", "We saw it art", " saw <unk> articles to ") == 0
+    assert share('He saw cats " and " dogs', "He", " saw cats and dogs ") == 4, "quotes differ"
 
 
 def test_figures_of_other_values_or_data_are_refused(cells):
@@ -273,7 +274,7 @@ def test_line_under_the_cell_says_what_a_stop_means(copy):
     notebook, error = execute(copy)
     assert notebook, error
     line = shown(notebook, "train-wikitext")
-    assert all(part in line for part in ("step 7 of", "run this again", "partial run", "once more"))
+    assert all(part in line for part in ("step 7 of", "run this again", "partial run", "kernel"))
     rows = shown(notebook, "history-wikitext")
     assert "<th>5</th>" in rows and "<th>10</th>" not in rows, "went on, or without its rows"
     assert "last" in shown(notebook, "score-table"), "step 7 is not step 5, the best"
