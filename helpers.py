@@ -851,8 +851,8 @@ class Run:
         text = f"finished in {self.waited:,.0f} s, {self.seconds:,.0f} s of them steps"
         text = "loaded, not trained again" if self.resumed_at == self.step else text
         if not self.finished:
-            text = "interrupted and saved: run this again, without fresh, to resume; what follows"
-            text += " goes on with this partial run: to end all, restart the kernel"
+            text = "interrupted and saved: run this again, without fresh, to resume; a notebook"
+            text += " goes on with this partial run: restart its kernel to end all"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)

@@ -239,6 +239,18 @@ def test_figures_of_other_values_or_data_are_refused(cells):
             check(SimpleNamespace(data=run_data, config=config), data, smoke)
 
 
+@pytest.mark.parametrize("cell", ["train-wikitext", "train-shakespeare"])
+def test_training_anew_forgets_what_was_made_of_other_models(cells, monkeypatch, cell):
+    """A section that is left out then is an error, not a figure of the models before."""
+    monkeypatch.setattr("helpers.train_model", Mock())
+    made = dict.fromkeys(("runs", "histories", "samples", "results", "on_whole", "waits"), "old")
+    one = SimpleNamespace(name="a")
+    given = {"live_curve": Mock(), "lap": Mock(), "text": one, "plays": one, "precision": None}
+    given |= dict.fromkeys(("names", "models", "configs"), "ab") | {"fresh": False}
+    after = cells(cell, **given, **made)
+    assert [after[name] for name in made] == [None] * len(made)
+
+
 def test_learning_is_fastest_where_the_intervals_say(cells):
     """Also where the rate rises past half its peak after the first sixth: a long warm-up."""
     rates = [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 0.8, 0.4, 0.1]
