@@ -239,14 +239,19 @@ def test_figures_of_other_values_or_data_are_refused(cells):
             check(SimpleNamespace(data=run_data, config=config), data, smoke)
 
 
-@pytest.mark.parametrize("cell", ["train-wikitext", "train-shakespeare"])
+MADE = dict.fromkeys(["train-wikitext", "train-shakespeare"], "runs histories samples by_position")
+MADE |= {"improved": "better static dynamic"}
+
+
+@pytest.mark.parametrize("cell", MADE)
 def test_training_anew_forgets_what_was_made_of_other_models(cells, monkeypatch, cell):
     """A section that is left out then is an error, not a figure of the models before."""
     monkeypatch.setattr("helpers.train_model", Mock())
-    made = dict.fromkeys(("runs", "histories", "samples", "results", "on_whole", "waits"), "old")
-    one = SimpleNamespace(name="a")
-    given = {"live_curve": Mock(), "lap": Mock(), "text": one, "plays": one, "precision": None}
+    made = dict.fromkeys([*MADE[cell].split(), "results", "on_whole"], "old")
+    given = dict.fromkeys(("text", "plays"), SimpleNamespace(name="a")) | {"precision": None}
     given |= dict.fromkeys(("names", "models", "configs"), "ab") | {"fresh": False}
+    given |= {"better_sets": "ab", "preset": SimpleNamespace(improved="ab")}
+    given |= dict.fromkeys(("live_curve", "lap"), Mock()) | {"train_seeds": lambda *each: each}
     after = cells(cell, **given, **made)
     assert [after[name] for name in made] == [None] * len(made)
 
