@@ -104,8 +104,8 @@ def ladder(preset, precision):
         for step, name, config in configs:
             data, stride = prepared(name, preset), max(1, config.block_size // 4)
             for seed in BASELINE_SEEDS if step == "baseline" else SEEDS:
-                how = replace(config, seed=seed), precision, "best", stride
-                found, seconds = score(data, *how)
+                config = replace(config, seed=seed)
+                found, seconds = score(data, config, precision, "best", stride)
                 row = {"data": title, "step": step, "loss": found.loss, "word_perplexity": None}
                 if data.unit != "character":
                     row["word_perplexity"] = found.word_perplexity

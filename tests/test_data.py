@@ -639,7 +639,7 @@ def test_preparing_removes_its_own_leftovers_alone(own):
 
 
 @pytest.mark.parametrize(
-    "name", ["shakespeare", "Shakespeare", "raw", "../up", "", "a/b", "x" * 70]
+    "name", ["shakespeare", "Shakespeare", "raw", "all", "../up", "", "a/b", "x" * 70]
 )
 def test_names_that_are_taken_or_no_folder_s(own, name):
     with refused(repr(name), "letters, digits", error=ValueError):
@@ -937,7 +937,8 @@ def test_words_line_ends_and_unknown_words():
 READ = {
     "= = Red @-@ brown cats = = <eos> <eos> It": "== Red-brown cats ==\n\nIt",
     "1 @,@ 200 @.@ 5 km ( 746 mi ) , or 5 %": "1,200.5 km (746 mi), or 5%",
-    'a " cat \'s game " he didn \'t " see " .': 'a "cat\'s game" he didn\'t "see".',
+    'a " cat \'s game " ; he didn \'t " see " .': 'a "cat\'s game"; he didn\'t "see".',
+    'a " cat " and a " dog "': 'a "cat" and a "dog"',
     'one " quote <eos> " more " left': 'one " quote\n"more" left',
     "Who ? [ sic ] : O 'Brien ... !": "Who? [sic]: O'Brien...!",
     "cats ' .22 US $ 5 at 4 : 30": "cats ' .22 US $5 at 4: 30",
