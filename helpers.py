@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import io
 import math
 import os
 import re
@@ -401,6 +400,7 @@ class CheckpointError(RuntimeError):
 
 
 VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
+SOURCES = [sha256_of(ROOT.parent / name) for name in ("model.py", "helpers.py")]
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
 
@@ -514,9 +514,8 @@ class Optimizers:
         matrices = [p for name, p in hidden if p.dim() == 2 and "c_gate" not in name]
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         adamw = model.configure_optimizers(decay, lr, betas, device_type, leave_out=matrices)
-        self.by_name = {"optimizer": adamw}
-        if matrices:
-            self.by_name["muon"] = Muon(matrices, lr, config.muon_lr_scale, decay)
+        muon = {"muon": Muon(matrices, lr, config.muon_lr_scale, decay)} if matrices else {}
+        self.by_name = {"optimizer": adamw} | muon
 
     @property
     def param_groups(self):
@@ -721,7 +720,7 @@ class Run:
         self.identity |= {"data": data.name, "title": data.title, "fingerprint": data.fingerprint}
         self.history = {"evals": [], "step_loss": [], "step_grad_norm": []}
         self.seconds, self.waited_before, self.began = 0.0, 0.0, time.perf_counter()
-        self.resumed_at, self.interrupted, self.status = 0, None, None
+        self.resumed_at, self.interrupted, self.status, self.sources = 0, None, None, SOURCES
         self.best_state, self.best_is_new = None, False  # the best checkpoint; not yet in ckpt.pt
         self.saved_step, self.saved_at = None, time.monotonic()
         self.paths = {"last": self.folder / "last.pt", "best": self.folder / "ckpt.pt"}
@@ -782,9 +781,9 @@ class Run:
         return TrainingError(f"{text} learning_rate or raise warmup_iters; ckpt.pt is kept.")
 
     def _checkpoint(self, state, trainer):
-        facts = {"model_args": asdict(trainer.model.config), "identity": self.identity}
+        facts = VOCABULARY | {"model_args": asdict(trainer.model.config), "identity": self.identity}
         facts |= {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
-        return state | facts | VOCABULARY | self.data.tokenizer.vocabulary
+        return state | facts | {"sources": self.sources} | self.data.tokenizer.vocabulary
 
     def save(self, trainer, every=0.0):
         """Writes both files, if the last time is `every` seconds ago or there was none."""
@@ -824,6 +823,7 @@ class Run:
             trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.began = None if self.finished else self.began  # loading is no training
+            self.sources = saved.get("sources", SOURCES)
             self.best_state, self.kept_until = dict(saved["best"]), kept[0]  # may be a later one
             self.best_is_new = not rank() and kept != (self.best["iter"], self.best["val_loss"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -855,6 +855,7 @@ class Run:
             text += " goes on with this partial run: restart its kernel to end all"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
+        notes += ["model.py or helpers.py changed since its start"] * (self.sources != SOURCES)
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)
@@ -944,7 +945,7 @@ def print_progress(run):
         if run.status or run.last["iter"] == run.step:
             print(text, flush=True)
     except OSError:  # from here on nobody reads: a closed terminal or pipe ends no run
-        sys.stdout = io.StringIO()
+        sys.stdout = None
 
 
 def train_command(options, device):
@@ -953,8 +954,7 @@ def train_command(options, device):
         raise ValueError("--fresh would start over at each restart: leave out --max-restarts.")
     preset, name = choose_preset(options.preset), str(options.dataset)
     if name in NAMES:  # made by the main process alone; on other hosts the set must be there
-        stand_in = not preset.thorough
-        name = on_main_process(lambda: prepare(name, allow_stand_in=stand_in).name)
+        name = on_main_process(lambda: prepare(name, allow_stand_in=not preset.thorough).name)
     data = load(ROOT / name)
     differs = on_main_process(lambda: data.fingerprint) != data.fingerprint
     if all_reduce(torch.tensor(float(differs))):

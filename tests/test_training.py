@@ -369,7 +369,8 @@ def test_training_runs_outside_the_main_thread(unbroken, corpus, config, tmp_pat
 def test_checkpoints_hold_the_run_as_plain_values(unbroken, config, corpus, model):
     assert sorted(contents(unbroken)) == sorted(FILES)
     last, best = saved(unbroken), saved(unbroken, "ckpt.pt")
-    shared = {"model", "model_args", "identity", "chars", "words", "iter_num", "best_val_loss"}
+    shared = {"model", "model_args", "identity", "sources", "chars", "words"}
+    shared |= {"iter_num", "best_val_loss"}
     assert best.keys() == shared, "the best weights stand there with more than names them"
     state = {"optimizer", "scaler", "rng", "cuda_rng", "history", "seconds", "waited", "best"}
     assert last.keys() == shared | state
@@ -575,6 +576,15 @@ def test_finished_run_is_loaded_and_not_trained_again(unbroken, corpus, config, 
     assert run.waited == saved(unbroken)["waited"], "loading passes for training"
     assert not differences(model.state_dict(), saved(unbroken)["model"])
     assert contents(unbroken) == before, "a file was written anew"
+
+
+def test_code_that_changed_since_a_run_began_is_named(corpus, config, tmp_path, monkeypatch):
+    train(corpus, config, tmp_path, view=stop(5))
+    changed, said = ["other"], "model.py or helpers.py changed since its start"
+    for sources, end in [(changed, "finished"), (changed, "loaded"), (helpers.SOURCES, "loaded")]:
+        monkeypatch.setattr(helpers, "SOURCES", sources)
+        status = train(corpus, config, tmp_path).status
+        assert end in status and (said in status) == (sources == changed)
 
 
 def test_fresh_starts_over(unbroken, corpus, config, tmp_path):
