@@ -823,7 +823,7 @@ class Run:
             trainer.load_state_dict(saved)
             self.seconds, self.waited_before = float(saved["seconds"]), float(saved["waited"])
             self.began = None if self.finished else self.began  # loading is no training
-            self.sources = saved.get("sources", SOURCES)
+            self.sources = saved.get("sources")
             self.best_state, self.kept_until = dict(saved["best"]), kept[0]  # may be a later one
             self.best_is_new = not rank() and kept != (self.best["iter"], self.best["val_loss"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
