@@ -400,7 +400,8 @@ class CheckpointError(RuntimeError):
 
 
 VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
-SOURCES = [sha256_of(ROOT.parent / name) for name in ("model.py", "helpers.py")]
+CODE = [ROOT.parent / "model.py", ROOT.parent / "helpers.py"]
+SOURCES = [sha256_of(path) for path in CODE]  # as imported
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
 
@@ -460,9 +461,8 @@ def load_model(path, device="cpu", data=None, identity=None):
     checkpoint = load_checkpoint(path, identity)
     try:
         config = GPTConfig(**checkpoint["model_args"])
-        # a model compiled whole has this before each name; old ones keep their causal mask
         weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
-        weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}
+        weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}  # old masks
         head, size = weights["lm_head.weight"], data and data.vocab_size
         if not torch.equal(head, weights["transformer.wte.weight"]):
             raise ValueError("its output layer is not its token embedding")
@@ -486,8 +486,7 @@ def load_model(path, device="cpu", data=None, identity=None):
 
 def start_weights(path, config, data):
     """Weights of a checkpoint to start a run from, and 16 digits that identify the file."""
-    before = stamp(path)
-    model, digest = load_model(path, data=data), sha256_of(path)[:16]
+    before, model, digest = stamp(path), load_model(path, data=data), sha256_of(path)[:16]
     if stamp(path) != before:
         raise CheckpointError(f"{path} changed while it was read: start from a copy of it.")
     wanted = asdict(config.model_config(data.vocab_size))
@@ -855,7 +854,8 @@ class Run:
             text += " goes on with this partial run: restart its kernel to end all"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
-        notes += ["model.py or helpers.py changed since its start"] * (self.sources != SOURCES)
+        changed = not self.sources == SOURCES == [p.exists() and sha256_of(p) for p in CODE]
+        notes += ["model.py or helpers.py changed since its start: restart, with fresh"] * changed
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)

@@ -579,12 +579,19 @@ def test_finished_run_is_loaded_and_not_trained_again(unbroken, corpus, config, 
 
 
 def test_code_that_changed_since_a_run_began_is_named(corpus, config, tmp_path, monkeypatch):
-    train(corpus, config, tmp_path, view=stop(5))
-    changed, said = ["other"], "model.py or helpers.py changed since its start"
-    for sources, end in [(changed, "finished"), (changed, "loaded"), (helpers.SOURCES, "loaded")]:
-        monkeypatch.setattr(helpers, "SOURCES", sources)
-        status = train(corpus, config, tmp_path).status
-        assert end in status and (said in status) == (sources == changed)
+    """On the disk alone, where the kernel still has the old one, or also in the kernel."""
+    code, said = tmp_path / "model.py", "model.py or helpers.py changed since its start"
+    monkeypatch.setattr(helpers, "CODE", [code])
+    sums = []
+    for text in ("old", "new"):
+        code.write_text(text)
+        sums.append([helpers.sha256_of(code)])
+    for on_disk, imported, end in [(0, 0, "interrupted"), (1, 0, "finished"), (1, 1, "loaded")]:
+        code.write_text(["old", "new"][on_disk])
+        monkeypatch.setattr(helpers, "SOURCES", sums[imported])
+        view = stop(5) if end == "interrupted" else None
+        status = train(corpus, config, tmp_path / "run", view=view).status
+        assert end in status and (said in status) == (on_disk == 1)
 
 
 def test_fresh_starts_over(unbroken, corpus, config, tmp_path):
