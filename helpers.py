@@ -400,7 +400,7 @@ class CheckpointError(RuntimeError):
 
 
 VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
-CODE = [ROOT.parent / "model.py", ROOT.parent / "helpers.py"]
+CODE = [Path(__file__).with_name(name) for name in ("model.py", "helpers.py")]
 SOURCES = [sha256_of(path) for path in CODE]  # as imported
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
