@@ -556,7 +556,7 @@ class Trainer:
         self.lr = torch.zeros((), device=device)
         self.optimizers = Optimizers(model, config, self.lr, device.type)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
-        self.ahead = 32 if cuda else 1  # steps queued before the host looks up
+        self.ahead = min(32, 1 + 2**20 // config.tokens_per_step) if cuda else 1  # steps queued
         batches = (self.ahead, config.gradient_accumulation_steps, config.batch_size)
         shape = shard(torch.empty(batches, device="meta")).shape
         self.loader = BatchLoader(self.tokens["train"], shape, config.block_size, device)
@@ -855,7 +855,7 @@ class Run:
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
         changed = not self.sources == SOURCES == [p.exists() and sha256_of(p) for p in CODE]
-        notes += ["model.py or helpers.py changed since its start: restart, with fresh"] * changed
+        notes += ["model.py or helpers.py changed: restart with fresh for the new code"] * changed
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)

@@ -580,7 +580,7 @@ def test_finished_run_is_loaded_and_not_trained_again(unbroken, corpus, config, 
 
 def test_code_that_changed_since_a_run_began_is_named(corpus, config, tmp_path, monkeypatch):
     """On the disk alone, where the kernel still has the old one, or also in the kernel."""
-    code, said = tmp_path / "model.py", "model.py or helpers.py changed since its start"
+    code, said = tmp_path / "model.py", "model.py or helpers.py changed"
     monkeypatch.setattr(helpers, "CODE", [code])
     sums = []
     for text in ("old", "new"):
