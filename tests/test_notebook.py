@@ -239,15 +239,17 @@ def test_figures_of_other_values_or_data_are_refused(cells):
             check(SimpleNamespace(data=run_data, config=config), data, smoke)
 
 
-MADE = dict.fromkeys(["train-wikitext", "train-shakespeare"], "runs histories samples by_position")
-MADE |= {"improved": "better static dynamic"}
+OF_BASELINES = "runs histories baselines losses scores samples by_position by_model"
+OF_BOTH = "every waits curves score_rows results on_whole word_losses by_place sure"
+MADE = dict.fromkeys(["train-wikitext", "train-shakespeare"], OF_BASELINES)
+MADE |= {"improved": "better firsts static dynamic saved gains by_model"}
 
 
 @pytest.mark.parametrize("cell", MADE)
 def test_training_anew_forgets_what_was_made_of_other_models(cells, monkeypatch, cell):
     """A section that is left out then is an error, not a figure of the models before."""
     monkeypatch.setattr("helpers.train_model", Mock())
-    made = dict.fromkeys([*MADE[cell].split(), "results", "on_whole"], "old")
+    made = dict.fromkeys([*MADE[cell].split(), *OF_BOTH.split()], "old")
     given = dict.fromkeys(("text", "plays"), SimpleNamespace(name="a")) | {"precision": None}
     given |= dict.fromkeys(("names", "models", "configs"), "ab") | {"fresh": False}
     given |= {"better_sets": "ab", "preset": SimpleNamespace(improved="ab")}
