@@ -400,7 +400,7 @@ class CheckpointError(RuntimeError):
 
 
 VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
-CODE = [Path(__file__).with_name(name) for name in ("model.py", "helpers.py")]
+CODE = [Path(__file__).absolute().with_name(name) for name in ("model.py", "helpers.py")]
 SOURCES = [sha256_of(path) for path in CODE]  # as imported
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
@@ -462,7 +462,6 @@ def load_model(path, device="cpu", data=None, identity=None):
     try:
         config = GPTConfig(**checkpoint["model_args"])
         weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
-        weights = {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}  # old masks
         head, size = weights["lm_head.weight"], data and data.vocab_size
         if not torch.equal(head, weights["transformer.wte.weight"]):
             raise ValueError("its output layer is not its token embedding")
@@ -470,7 +469,7 @@ def load_model(path, device="cpu", data=None, identity=None):
             config = replace(config, vocab_size=size)  # nanoGPT pads it
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
-        model.load_state_dict(weights)
+        model.load_state_dict({k: weights[k] for k in weights if ".attn.bias" not in k})  # masks
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if out_of_memory(error):
             raise
@@ -544,7 +543,7 @@ class Trainer:
     """A run's state on its device, and the one step of all precisions, made for a CUDA graph."""
 
     def __init__(self, model, data, config, precision, resident=None):
-        self.model, self.config, self.precision = model, config, precision
+        self.model, self.module, self.config, self.precision = model, model, config, precision
         device, cuda, alone = precision.device, precision.device.type == "cuda", world_size() == 1
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -567,7 +566,6 @@ class Trainer:
         self.obstacles = [f"no fused loss: {slow}"] if slow else []
         half = alone and precision.dtype != torch.float32
         self.cast = [n for n, _ in model.named_parameters() if half and re.search("attn|mlp", n)]
-        self.module = model
         if config.compile and cuda:
             self.obstacles += compile_layers(model, self.loss, shape[2])
         if not alone:
@@ -718,10 +716,9 @@ class Run:
         self.identity = asdict(config) | {"start_from": start_id}
         self.identity |= {"data": data.name, "title": data.title, "fingerprint": data.fingerprint}
         self.history = {"evals": [], "step_loss": [], "step_grad_norm": []}
-        self.seconds, self.waited_before, self.began = 0.0, 0.0, time.perf_counter()
-        self.resumed_at, self.interrupted, self.status, self.sources = 0, None, None, SOURCES
-        self.best_state, self.best_is_new = None, False  # the best checkpoint; not yet in ckpt.pt
-        self.saved_step, self.saved_at = None, time.monotonic()
+        self.began, self.saved_at, self.sources = time.perf_counter(), time.monotonic(), SOURCES
+        self.interrupted = self.status = self.saved_step = self.best_state = None
+        self.seconds, self.waited_before, self.resumed_at, self.best_is_new = 0.0, 0.0, 0, False
         self.paths = {"last": self.folder / "last.pt", "best": self.folder / "ckpt.pt"}
         self.seen = {k: stamp(path) for k, path in self.paths.items()}  # as last read or written
         self.kept_until = int(any(self.seen.values()))  # that step ckpt.pt stays
@@ -780,9 +777,9 @@ class Run:
         return TrainingError(f"{text} learning_rate or raise warmup_iters; ckpt.pt is kept.")
 
     def _checkpoint(self, state, trainer):
-        facts = VOCABULARY | {"model_args": asdict(trainer.model.config), "identity": self.identity}
-        facts |= {"iter_num": self.step, "best_val_loss": self.best["val_loss"]}
-        return state | facts | {"sources": self.sources} | self.data.tokenizer.vocabulary
+        facts = VOCABULARY | self.data.tokenizer.vocabulary | {"identity": self.identity}
+        facts |= {"sources": self.of_one_code() and SOURCES, "best_val_loss": self.best["val_loss"]}
+        return state | facts | {"iter_num": self.step, "model_args": asdict(trainer.model.config)}
 
     def save(self, trainer, every=0.0):
         """Writes both files, if the last time is `every` seconds ago or there was none."""
@@ -844,6 +841,9 @@ class Run:
             raise CheckpointError(f"{path} is not, or no longer, this run's: train on, or again.")
         return load_model(path, device, self.data, self.identity)
 
+    def of_one_code(self):  # imported, on the disk and before a resume
+        return self.sources == SOURCES == [p.exists() and sha256_of(p) for p in CODE]
+
     def end(self, trainer):
         self.waited_before, self.began, self.best_state = self.waited, None, None
         skipped = sum(not math.isfinite(norm) for norm in self.history["step_grad_norm"])
@@ -854,8 +854,8 @@ class Run:
             text += " goes on with this partial run: restart its kernel to end all"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
-        changed = not self.sources == SOURCES == [p.exists() and sha256_of(p) for p in CODE]
-        notes += ["model.py or helpers.py changed: restart with fresh for the new code"] * changed
+        changed = "model.py or helpers.py changed: restart with fresh to train by the new alone"
+        notes += [changed] * (not self.of_one_code())
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed
         self.status = "; ".join(notes)
@@ -934,7 +934,7 @@ def generate_text(model, data, prompt, precision, new_tokens, temperature=0.8, t
 
 def out_folder(name, run="test"):
     """The folder of the notebook's and the command's run on the data set of this name."""
-    return ROOT.parent / f"out-{'shakespeare' if name == 'shakespeare_char' else name}-{run}"
+    return CODE[0].parent / f"out-{'shakespeare' if name == 'shakespeare_char' else name}-{run}"
 
 
 def print_progress(run):
@@ -949,7 +949,7 @@ def print_progress(run):
 
 
 def train_command(options, device):
-    """Trains as the notebook's cell does, to the same folder; returns the Run."""
+    """Trains the preset's baseline into the folder of the notebook's cell; returns the Run."""
     if options.fresh and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ValueError("--fresh would start over at each restart: leave out --max-restarts.")
     preset, name = choose_preset(options.preset), str(options.dataset)
@@ -971,7 +971,7 @@ def train_command(options, device):
 
 def main(arguments=None):
     """`python helpers.py wikitext2`; returns the exit status, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Train on a data set, also under torchrun.")
+    parser = argparse.ArgumentParser(description="Train a preset's baseline, also by torchrun.")
     parser.add_argument("dataset", type=Path, help=f"{', '.join(NAMES)}, or a folder in data/")
     parser.add_argument("--preset", choices=PRESETS, help="default: full with CUDA, else quick")
     parser.add_argument("--fresh", action="store_true", help="start over where a run exists")

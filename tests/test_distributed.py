@@ -245,6 +245,7 @@ def run_command(corpus, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(corpus.folder.parent)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr(helpers, "ROOT", tmp_path / "data")
+    monkeypatch.setattr(helpers, "CODE", [tmp_path / "helpers.py"])
     monkeypatch.chdir(tmp_path / "elsewhere")
     yield lambda line: helpers.main(["--preset", "smoke", *line.split()])
     assert not list(Path.cwd().iterdir()), "written where it was started"

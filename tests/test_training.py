@@ -578,20 +578,21 @@ def test_finished_run_is_loaded_and_not_trained_again(unbroken, corpus, config, 
     assert contents(unbroken) == before, "a file was written anew"
 
 
-def test_code_that_changed_since_a_run_began_is_named(corpus, config, tmp_path, monkeypatch):
-    """On the disk alone, where the kernel still has the old one, or also in the kernel."""
-    code, said = tmp_path / "model.py", "model.py or helpers.py changed"
+@pytest.mark.parametrize("imported", [0, 1])
+def test_changed_code_is_named(corpus, config, tmp_path, monkeypatch, imported):
+    """On the disk alone, where the kernel has the old one, or in both; also once taken back."""
+    code, sums = tmp_path / "model.py", []
     monkeypatch.setattr(helpers, "CODE", [code])
-    sums = []
     for text in ("old", "new"):
         code.write_text(text)
         sums.append([helpers.sha256_of(code)])
-    for on_disk, imported, end in [(0, 0, "interrupted"), (1, 0, "finished"), (1, 1, "loaded")]:
+    ends = [(0, 0, "interrupted"), (1, imported, "finished"), (1, 1, "loaded"), (0, 0, "loaded")]
+    for on_disk, in_kernel, end in ends:
         code.write_text(["old", "new"][on_disk])
-        monkeypatch.setattr(helpers, "SOURCES", sums[imported])
+        monkeypatch.setattr(helpers, "SOURCES", sums[in_kernel])
         view = stop(5) if end == "interrupted" else None
         status = train(corpus, config, tmp_path / "run", view=view).status
-        assert end in status and (said in status) == (on_disk == 1)
+        assert end in status and ("helpers.py changed" in status) == (end != "interrupted")
 
 
 def test_fresh_starts_over(unbroken, corpus, config, tmp_path):
