@@ -400,7 +400,7 @@ class CheckpointError(RuntimeError):
 
 
 VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
-CODE = [Path(__file__).absolute().with_name(name) for name in ("model.py", "helpers.py")]
+CODE = [Path(__file__).resolve().with_name(name) for name in ("model.py", "helpers.py")]
 SOURCES = [sha256_of(path) for path in CODE]  # as imported
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
@@ -870,14 +870,14 @@ def train_model(
     A signal to end acts between two steps, once all is saved; a crash costs `save_every` seconds.
     Raises CheckpointError, TrainingError and ValueError.
     """
-    if model.config != config.model_config(data.vocab_size):
-        raise ValueError("The model is not of this configuration and data: make it by make_model.")
     if start_from is not None and Path(start_from).resolve().parent == Path(out).resolve():
         raise ValueError(f"{start_from} lies in this run's folder: choose another for the run.")
     precision, run = precision or choose_precision(), None
     with Interrupts() as interrupted:
         try:
-            weights, start_id = make_model(config, data).state_dict(), None
+            if str(model) != str(made := make_model(config, data)) or model.config != made.config:
+                raise ValueError("The model is not what make_model makes: change model.py instead.")
+            weights, start_id = made.state_dict(), None
             if start_from is not None:
                 weights, start_id = on_main_process(lambda: start_weights(start_from, config, data))
             run = Run(config, data, out, start_id)

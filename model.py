@@ -209,7 +209,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(layers))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        if config.pointer:  # about 27% of the probability are copies at first
+        if config.pointer:  # about 15% of the probability are copies at first
             nn.init.constant_(self.pointer.sentinel.bias, math.log(config.block_size) + 1)
 
     def get_num_params(self, non_embedding=True):

@@ -192,8 +192,7 @@ def _stand_in(name, root):
         tokenizer = _vocabulary(texts[0])
     if name == "wikitext2":
         with contextlib.suppress(Unavailable):  # without its files, by character as well
-            gpt2 = GPT2Tokenizer(root)
-            gpt2.encode("")  # seeks them
+            (gpt2 := GPT2Tokenizer(root)).encode("")  # seeks them
             tokenizer = gpt2
     title = f"stand-in: Python manual (pydoc topics), by {tokenizer.unit}"
     facts = {"title": title, "variant": "stand-in", "stand_in": True}
@@ -270,6 +269,7 @@ def _find_files(source):
             for folder in map(os.path.realpath, glob.iglob(parent, recursive=True)):
                 with _readable(folder):  # glob leaves out without a word what cannot be read
                     os.path.isfile(folder) or os.listdir(f"{folder}/.")
+        glob.has_magic(str(path)) or os.stat(path)  # is_file() says no where it may not look
         found = [path] if path.is_file() else map(Path, glob.glob(str(source), recursive=True))
         if str(source) and path.is_dir():  # Path("") is the current folder
             found = list(_walk(path, set()))

@@ -282,9 +282,7 @@ def test_the_command_starts_from_earlier_weights_and_afresh(run_command, corpus,
     assert saved(out)["identity"]["start_from"] is None
 
 
-def test_the_command_that_torchrun_may_restart_does_not_start_over(
-    run_command, capsys, monkeypatch
-):
+def test_the_command_that_may_be_restarted_is_not_fresh(run_command, capsys, monkeypatch):
     """Nor does it load the old run, where the first attempt ended before it saved anything."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert run_command("tiny --max_iters 2 --fresh") == 1
@@ -351,9 +349,7 @@ def test_the_command_refuses_in_one_sentence(run_command, tmp_path, capsys, line
     assert ("--fresh" in error) == ("belongs to another run" in error), "advice that does not help"
 
 
-def test_the_command_in_processes_of_another_starter_names_torchrun(
-    run_command, capsys, monkeypatch
-):
+def test_the_command_of_another_starter_names_torchrun(run_command, capsys, monkeypatch):
     for key, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():  # each says what is wrong
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -371,9 +367,8 @@ def test_more_processes_than_gpus_are_refused_by_all(run_command, capsys, monkey
 
 def test_want_of_memory_in_one_process_is_said(run_command, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(
-        helpers, "train_model", Mock(side_effect=helpers.TrainingError("No memory"))
-    )
+    failing = Mock(side_effect=helpers.TrainingError("No memory"))
+    monkeypatch.setattr(helpers, "train_model", failing)
     assert run_command("tiny") == 1 and "No memory" in capsys.readouterr().err
 
 

@@ -307,9 +307,8 @@ def test_dynamic_evaluation_steps_as_written_out(lively, corpus):
         losses = F.cross_entropy(model(text[None, :6])[0], text[1:], reduction="none")
         losses = losses[first : first + 2]
         expected += losses.tolist()
-        for p, square, g in zip(
-            parameters, squares, torch.autograd.grad(losses.mean(), parameters), strict=True
-        ):
+        gradients = torch.autograd.grad(losses.mean(), parameters)
+        for p, square, g in zip(parameters, squares, gradients, strict=True):
             square.mul_(0.9999).add_(1e-4 * g * g)
             p.data -= 0.01 * g / (square.sqrt() + 1e-8)
     assert off_by(found, torch.tensor(expected)) < 1e-3, f"{found}, not {expected}"

@@ -148,9 +148,8 @@ def test_smoke_run_on_the_real_texts(copy, monkeypatch):
 def test_your_own_text_takes_one_line(copy, monkeypatch):
     monkeypatch.setenv("DATA_MIRROR", MIRROR)
     colours = ["red", "green", "blue"]
-    lines = (
-        f"Paragraph {n} tells of the {colours[n % 3]} house and its garden." for n in range(900)
-    )
+    line = "Paragraph {} tells of the {} house and its garden."
+    lines = (line.format(n, colours[n % 3]) for n in range(900))
     (copy / "my notes.txt").write_text("\n\n".join(lines), encoding="utf-8")
     edit(copy, "parameters", "own_text = None", 'own_text = "my notes.txt"')
     notebook, error = execute(copy)
@@ -220,12 +219,29 @@ def test_rows_of_this_run_use_the_pointer_if_their_configuration_has_one(cells):
     assert used.tolist() == ["pointer in its window", "nothing"]
 
 
+def test_the_place_shown_is_copied_from_the_words_shown(cells):
+    """Not from further back, and not another word, though their gains are larger."""
+    ids = np.array([7, 7, 2, 8, 3, 8, 7, 3, 9])
+    copied = {6: [0.9, 0, 0.02, 0, 0.02, 0], 5: [0, 0, 0.5, 0.4, 0], 7: [0, 0, 0, 0.1, 0.6, 0, 0]}
+    given = {"occurrences": np.full(9, 5), "ids": ids}
+    find = cells("pointer-place", **given, copying=lambda _, p: (np.array(copied[p]), 0.9))
+    place, probs, _ = find["telling_place"](None, np.array([0, 0, 0, 0, 0, 3, 4, 2, 0]), window=5)
+    assert place == 7 and probs.tolist() == copied[7][2:]
+
+
+def test_a_part_of_a_split_has_a_loss_alone(cells, corpus):
+    """Perplexity per word and bits per byte would take the whole split's words and bytes."""
+    made = cells("figures", "improved-rows", score_rows=[])
+    made["add"]("tiny", corpus, "test", "dynamic", made["torch"].ones(5))
+    assert made["score_rows"][0][3:5] == [5, 1] and np.isnan(made["score_rows"][0][5:]).all()
+
+
 def test_a_shared_run_begins_after_the_prompt_s_words(cells):
     """Whose spelling may be another: a word that is unknown is shorter, or a last one goes on."""
     share = cells("longest-run")["longest_shared_run"]
     assert share("The <unk> sat on a mat", "The encyclopaedist", " he sat on a mat ") == 4
     assert share("We saw <unk> articles to-day", "We saw it art", " saw <unk> articles to ") == 0
-    assert share('He saw cats " and " dogs', "He", " saw cats and dogs ") == 4, "quotes differ"
+    assert share('He saw cats " , and " dogs', "He", " saw cats, and dogs ") == 4, "quotes differ"
 
 
 def test_figures_of_other_values_or_data_are_refused(cells):
@@ -281,9 +297,8 @@ def test_gradient_norms_have_a_line_for_each_norm_that_clips(cells):
 def test_line_under_the_cell_says_what_a_stop_means(copy):
     """A stop ends the cell only: what is queued goes on, with the partial run."""
     stopping = "def stopping(run):\n    view(run)\n"
-    stopping += (
-        "    if run.step == 7 and not run.status:\n        signal.raise_signal(signal.SIGINT)\n"
-    )
+    stopping += "    if run.step == 7 and not run.status:\n"
+    stopping += "        signal.raise_signal(signal.SIGINT)\n"
     edit(copy, "train-wikitext", "run_text =", f"import signal\n{stopping}run_text =")
     edit(copy, "train-wikitext", "fresh, view)", "fresh, stopping)")
     notebook = nbformat.read(copy / "test.ipynb", as_version=4)

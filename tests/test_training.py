@@ -228,9 +228,8 @@ def test_accumulated_micro_steps_equal_one_large_batch(config, corpus):
         first = trainer.model(x, y).item()
         losses, norms = take(trainer, 4)
         assert losses[0] == pytest.approx(first, rel=1e-5), "not the mean over the micro-steps"
-        ends.append(
-            (losses, norms, torch.nn.utils.parameters_to_vector(trainer.model.parameters()))
-        )
+        weights = torch.nn.utils.parameters_to_vector(trainer.model.parameters())
+        ends.append((losses, norms, weights))
     (losses, norms, weights), (other_losses, other_norms, other_weights) = ends
     assert other_losses == pytest.approx(losses, rel=1e-5)
     assert other_norms == pytest.approx(norms, rel=1e-4)
@@ -356,6 +355,9 @@ def test_model_of_another_shape_than_the_configuration_is_refused(model, corpus,
     for changed in ({"n_embd": 32}, {"bias": False}, {"block_size": 8}):
         with pytest.raises(ValueError, match="make_model"):
             train(corpus, replace(config, **changed), tmp_path / "out", model)
+    model.transformer.h[0].mlp = torch.nn.Identity()
+    with pytest.raises(ValueError, match="change model.py"):
+        train(corpus, config, tmp_path / "out", model)
     assert not (tmp_path / "out").exists()
 
 
