@@ -400,7 +400,7 @@ class CheckpointError(RuntimeError):
 
 
 VOCABULARY = {"chars": None, "words": None}  # what a checkpoint holds of it, with neither GPT-2's
-CODE = [Path(__file__).resolve().with_name(name) for name in ("model.py", "helpers.py")]
+CODE = [Path(path).absolute() for path in (sys.modules["model"].__file__, __file__)]
 SOURCES = [sha256_of(path) for path in CODE]  # as imported
 FRESH = "move it away, or train again with fresh=True (--fresh on the command line) to replace it"
 
