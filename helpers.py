@@ -178,10 +178,8 @@ def describe_machine(precision):
 
 def get_lr(step, config):
     """Learning rate of a step: linear warm-up, then cosine decay to `min_lr` at the end."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if not config.decay_lr:
-        return config.learning_rate
+    if step < config.warmup_iters or not config.decay_lr:
+        return config.learning_rate * min(1, (step + 1) / (config.warmup_iters + 1))
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
     return config.min_lr + cosine * (config.learning_rate - config.min_lr)
@@ -875,7 +873,9 @@ def train_model(
     precision, run = precision or choose_precision(), None
     with Interrupts() as interrupted:
         try:
-            if str(model) != str(made := make_model(config, data)) or model.config != made.config:
+            made = make_model(config, data)
+            kinds = [(each.config, *map(type, each.modules())) for each in (model, made)]
+            if kinds[0] != kinds[1]:
                 raise ValueError("The model is not what make_model makes: change model.py instead.")
             weights, start_id = made.state_dict(), None
             if start_from is not None:
