@@ -290,7 +290,7 @@ class Score:
 
 def score_of(losses, data, split):
     """The Score of a whole split with these token losses (N,)."""
-    if len(losses) != len(data.splits[split]):
+    if len(losses) != data.meta["splits"][split]["tokens"]:  # whose words and bytes are known
         raise ValueError(f"Losses of {len(losses)} tokens: give those of the whole {split} split.")
     nats = losses.sum(dtype=torch.float64).item()
     return Score(nats, len(losses), data.bytes[split], data.words[split])
@@ -876,7 +876,7 @@ def train_model(
             made = make_model(config, data)
             kinds = [(each.config, *map(type, each.modules())) for each in (model, made)]
             if kinds[0] != kinds[1]:
-                raise ValueError("The model is not what make_model makes: change model.py instead.")
+                raise ValueError("The model is not make_model's: make it anew, or change model.py.")
             weights, start_id = made.state_dict(), None
             if start_from is not None:
                 weights, start_id = on_main_process(lambda: start_weights(start_from, config, data))

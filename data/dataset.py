@@ -142,8 +142,17 @@ class Dataset:
     tokenizer: Tokenizer
     bytes: dict[str, int]  # per split, of its UTF-8 text
     words: dict[str, int]  # per split, including one <eos> a line, as the literature counts
-    fingerprint: str  # names tokens and vocabulary: a checkpoint with another is of other data
     meta: dict[str, Any]  # all of meta.json
+
+    @property
+    def fingerprint(self):  # of tokens and vocabulary: a checkpoint with another is of other data
+        sums = {split: entry["sha256"] for split, entry in self.meta["splits"].items()}
+        for split, tokens in self.splits.items():  # where others were put, as to try less text
+            if len(tokens) != self.meta["splits"][split]["tokens"] or type(tokens) is not np.memmap:
+                sums[split] = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+        vocabulary = self.meta.get("words") or self.meta.get("chars", "")
+        parts = [self.meta["tokenizer"], self.vocab_size, vocabulary, sorted(sums.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
     def unit(self):
@@ -174,7 +183,6 @@ def load(folder):
         tokenizer=_make_tokenizer(meta, folder),
         bytes={split: entry["bytes"] for split, entry in entries},
         words={split: entry["words"] for split, entry in entries},
-        fingerprint=_fingerprint(meta),
         meta=meta,
     )
 
@@ -227,11 +235,3 @@ def _make_tokenizer(meta, folder):
     if "words" in meta:
         return WordTokenizer(meta["words"])
     return CharTokenizer(meta["chars"]) if "chars" in meta else GPT2Tokenizer(folder.parent)
-
-
-def _fingerprint(meta):
-    """16 hexadecimal digits over the tokenizer, its vocabulary and the sums of all splits."""
-    sums = sorted((split, entry["sha256"]) for split, entry in meta["splits"].items())
-    vocabulary = meta.get("words") or meta.get("chars", "")
-    parts = [meta["tokenizer"], meta["vocab_size"], vocabulary, sums]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -307,9 +307,7 @@ def test_hosts_with_different_data_are_refused(run_command, tmp_path, capsys, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "elsewhere"]
 
 
-def test_the_folder_s_name_counts_and_a_slash_behind_it_does_not(
-    run_command, corpus, tmp_path, monkeypatch
-):
+def test_a_slash_behind_the_folder_is_nothing(run_command, corpus, tmp_path, monkeypatch):
     trained = Mock(return_value=SimpleNamespace(interrupted=None))
     monkeypatch.setattr(helpers, "train_model", trained)
     monkeypatch.setattr(helpers, "ROOT", tmp_path / "own")

@@ -502,9 +502,7 @@ NO_STEPS = {
 
 @each("what", NO_STEPS)
 @each("lacks", [None, "last.pt"])
-def test_run_whose_first_step_fails_leaves_the_old_one(
-    corpus, copied, monkeypatch, fault, what, lacks
-):
+def test_failing_first_step_leaves_the_old_run(corpus, copied, monkeypatch, fault, what, lacks):
     """Also an old ckpt.pt without its last.pt."""
     monkeypatch.setattr(Trainer, "run_steps", Mock(**NO_STEPS[what]))
     if lacks:

@@ -41,9 +41,8 @@ def shown(notebook, cell_id=None):
     data = [
         out.get("data", {"text/plain": out.get("text", "")}) for out in outputs(notebook, cell_id)
     ]
-    return "\n".join(
-        d.get("text/html", d.get("text/markdown", d.get("text/plain", ""))) for d in data
-    )
+    texts = (d.get("text/html", d.get("text/markdown", d.get("text/plain", ""))) for d in data)
+    return "\n".join(texts)
 
 
 def pictures(notebook, cell_id=None):

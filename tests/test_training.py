@@ -609,7 +609,7 @@ def test_fresh_starts_over(unbroken, corpus, config, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"learning_rate": 0.02, "seed": 5}, {"n_embd": 32}])
-@pytest.mark.parametrize("facts", [{}, {"fingerprint": "other"}, {"name": "b", "title": "B"}])
+@pytest.mark.parametrize("facts", [{}, {"name": "b", "title": "B"}])
 def test_other_configuration_or_data_is_refused_by_name(unbroken, corpus, config, changed, facts):
     before, other = contents(unbroken), replace(corpus, **facts)
     with pytest.raises(CheckpointError, match="fresh=True.*--fresh") as error:
@@ -620,6 +620,13 @@ def test_other_configuration_or_data_is_refused_by_name(unbroken, corpus, config
     assert all(text in message for text in named), f"{named} not in: {message}"
     assert message.count(" there, ") == len(named), f"names more than differs: {message}"
     assert contents(unbroken) == before
+
+
+def test_run_on_other_tokens_is_refused(unbroken, corpus, config):
+    """As they are put into a set in memory, to see what less text gives."""
+    less = {**corpus.splits, "train": corpus.splits["train"][:-1]}
+    with pytest.raises(CheckpointError, match=f"fingerprint {corpus.fingerprint!r} there"):
+        train(replace(corpus, splits=less), config, unbroken)
 
 
 # ----- out of memory -----
@@ -700,9 +707,7 @@ def test_unusable_start_writes_nothing(unbroken, corpus, config, tmp_path, kind)
     assert not (tmp_path / "tuned").exists()
 
 
-def test_start_that_is_replaced_while_it_is_read_is_refused(
-    unbroken, corpus, config, tmp_path, monkeypatch
-):
+def test_start_replaced_while_read_is_refused(unbroken, corpus, config, tmp_path, monkeypatch):
     """Else the run would be named after another file than the one it started from."""
     start, load = shutil.copy(unbroken / "ckpt.pt", tmp_path / "start.pt"), helpers.load_checkpoint
 
