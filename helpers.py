@@ -852,7 +852,7 @@ class Run:
             text += " goes on with this partial run: restart its kernel to end all"
             text = text if self.saved_step is not None else "interrupted before anything was saved"
         notes = [text, *trainer.obstacles]
-        changed = "model.py or helpers.py changed: restart with fresh to train by the new alone"
+        changed = "model.py or helpers.py changed: restart with fresh for a run of the new code"
         notes += [changed] * (not self.of_one_code())
         notes += [f"{skipped} steps left out for overflow in float16"] * bool(skipped)
         notes += ["training tokens on the disk, for want of room"] * trainer.loader.streamed

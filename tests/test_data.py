@@ -1029,5 +1029,6 @@ def test_script_runs_from_the_top_and_from_its_folder(tmp_path, script):
     assert result.returncode == 0 and not result.stderr, result
     data = load(tmp_path / "data" / "notes_char")
     assert text_of(data) == play() and str(tmp_path) not in json.dumps(data.meta)
-    counts = f"{data.bytes['val']:,} bytes, {data.words['val']:,} words with line ends, from"
-    assert f"notes_char, val: {len(data.splits['val']):,} tokens (char), {counts}" in result.stdout
+    size = f"{len(data.splits['val']):,} tokens (char), {data.bytes['val']:,} bytes"
+    words = f"{data.words['val']:,} words with line ends"
+    assert f"notes_char, val: {size}, {words}, from notes.txt" in result.stdout

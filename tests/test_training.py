@@ -5,6 +5,7 @@ python -m pytest tests/test_training.py
 
 import contextlib
 import copy
+import hashlib
 import math
 import shutil
 import signal
@@ -584,18 +585,16 @@ def test_finished_run_is_loaded_and_not_trained_again(unbroken, corpus, config, 
 @pytest.mark.parametrize("imported", [0, 1])
 def test_changed_code_is_named(corpus, config, tmp_path, monkeypatch, imported):
     """On the disk alone, where the kernel has the old one, or in both; also once taken back."""
-    code, sums = tmp_path / "model.py", []
+    code, said = tmp_path / "model.py", "model.py or helpers.py changed"
     monkeypatch.setattr(helpers, "CODE", [code])
-    for text in ("old", "new"):
-        code.write_text(text)
-        sums.append([helpers.sha256_of(code)])
+    sums = [[hashlib.sha256(text).hexdigest()] for text in (b"old", b"new")]
     ends = [(0, 0, "interrupted"), (1, imported, "finished"), (1, 1, "loaded"), (0, 0, "loaded")]
     for on_disk, in_kernel, end in ends:
-        code.write_text(["old", "new"][on_disk])
+        code.write_bytes([b"old", b"new"][on_disk])
         monkeypatch.setattr(helpers, "SOURCES", sums[in_kernel])
         view = stop(5) if end == "interrupted" else None
         status = train(corpus, config, tmp_path / "run", view=view).status
-        assert end in status and ("helpers.py changed" in status) == (end != "interrupted")
+        assert end in status and (said in status) == (end != "interrupted")
 
 
 def test_fresh_starts_over(unbroken, corpus, config, tmp_path):
@@ -609,14 +608,14 @@ def test_fresh_starts_over(unbroken, corpus, config, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"learning_rate": 0.02, "seed": 5}, {"n_embd": 32}])
-@pytest.mark.parametrize("facts", [{}, {"name": "b", "title": "B"}])
+@pytest.mark.parametrize("facts", [{}, {"vocab_size": 99}, {"name": "b", "title": "B"}])
 def test_other_configuration_or_data_is_refused_by_name(unbroken, corpus, config, changed, facts):
     before, other = contents(unbroken), replace(corpus, **facts)
     with pytest.raises(CheckpointError, match="fresh=True.*--fresh") as error:
         train(other, replace(config, **changed), unbroken)
     pairs = [(getattr(config, name), value) for name, value in changed.items()]
-    pairs += [(getattr(corpus, name), value) for name, value in facts.items()]
-    named, message = [f"{a!r} there, {b!r} here" for a, b in pairs], str(error.value)
+    pairs += [(getattr(corpus, n), getattr(other, n)) for n in ("name", "title", "fingerprint")]
+    named, message = [f"{a!r} there, {b!r} here" for a, b in pairs if a != b], str(error.value)
     assert all(text in message for text in named), f"{named} not in: {message}"
     assert message.count(" there, ") == len(named), f"names more than differs: {message}"
     assert contents(unbroken) == before
