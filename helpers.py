@@ -467,7 +467,7 @@ def load_model(path, device="cpu", data=None, identity=None):
             config = replace(config, vocab_size=size)  # nanoGPT pads it
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
-        model.load_state_dict({k: weights[k] for k in weights if ".attn.bias" not in k})  # masks
+        model.load_state_dict({k: v for k, v in weights.items() if v.shape[:-2] != (1, 1)})  # masks
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if out_of_memory(error):
             raise
@@ -981,9 +981,9 @@ def main(arguments=None):
         flag = {"action": argparse.BooleanOptionalAction}
         flag = flag if field.type is bool else {"type": field.type, "metavar": "N"}
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **flag)
-    options = parser.parse_args(arguments)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = parser.parse_args(arguments)
     try:
         with distributed() as device:
             return 130 if train_command(options, device).interrupted else 0

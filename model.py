@@ -95,8 +95,7 @@ class CausalSelfAttention(nn.Module):
         mask, dropout = None, self.config.dropout if self.training else 0.0
         if past is not None:
             slots, positions, mask = past  # (B, S, 2, H, D), (T,), (T, S)
-            changed = qkv[:, :, 1:] if rotary is None else torch.stack([k, v], dim=2)
-            slots.index_copy_(1, positions, changed)
+            slots.index_copy_(1, positions, torch.stack([k, v], dim=2))
             k, v = slots.unbind(2)  # (B, S, H, D)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         causal = {"dropout_p": dropout, "is_causal": mask is None}

@@ -7,8 +7,7 @@ import torch
 def load_tokens(split, device, resident=None):
     """A split's memory map (N,) as an int32 tensor on the device, or as it is for want of room.
 
-    Room is a quarter of the memory that is free on a GPU, or 1 GiB for a CPU; `resident` True or
-    False decides instead.
+    Room is a quarter of a GPU's free memory, or 1 GiB for a CPU; `resident` decides instead.
     """
     device = torch.device(device)
     if resident is None:

@@ -138,25 +138,33 @@ class Dataset:
     stand_in: bool
     folder: Path
     splits: Splits
+    prepared: dict  # the same; in `splits` others may be put, as to try less text
     vocab_size: int
     tokenizer: Tokenizer
-    bytes: dict[str, int]  # per split, of its UTF-8 text
-    words: dict[str, int]  # per split, including one <eos> a line, as the literature counts
     meta: dict[str, Any]  # all of meta.json
+
+    def entry(self, split):
+        """meta.json's entry of a split; of other tokens bytes and words are NaN: not counted."""
+        tokens = self.splits[split]
+        if tokens is self.prepared.get(split):
+            return self.meta["splits"][split]
+        sha256 = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+        return {"tokens": len(tokens), "bytes": np.nan, "words": np.nan, "sha256": sha256}
+
+    @property
+    def bytes(self):  # by split, of its UTF-8 text
+        return {split: self.entry(split)["bytes"] for split in self.splits}
+
+    @property
+    def words(self):  # by split, including one <eos> a line, as the literature counts
+        return {split: self.entry(split)["words"] for split in self.splits}
 
     @property
     def fingerprint(self):  # of tokens and vocabulary: a checkpoint with another is of other data
-        sums = {split: entry["sha256"] for split, entry in self.meta["splits"].items()}
-        for split, tokens in self.splits.items():  # where others were put, as to try less text
-            if len(tokens) != self.meta["splits"][split]["tokens"] or type(tokens) is not np.memmap:
-                sums[split] = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+        sums = {split: self.entry(split)["sha256"] for split in self.splits}
         vocabulary = self.meta.get("words") or self.meta.get("chars", "")
         parts = [self.meta["tokenizer"], self.vocab_size, vocabulary, sorted(sums.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    @property
-    def unit(self):
-        return self.tokenizer.unit
 
     @property
     def final_split(self):  # that final figures are of
@@ -173,18 +181,11 @@ class Dataset:
 
 def load(folder):
     """Open a prepared folder; DataError says which file is missing or damaged, and what to do."""
-    folder = Path(folder)
-    meta = read_meta(folder)
-    entries = meta["splits"].items()
-    return Dataset(
-        **{field: meta[field] for field in ("name", "title", "stand_in", "vocab_size")},
-        folder=folder,
-        splits=Splits({split: _open_split(folder, entry) for split, entry in entries}),
-        tokenizer=_make_tokenizer(meta, folder),
-        bytes={split: entry["bytes"] for split, entry in entries},
-        words={split: entry["words"] for split, entry in entries},
-        meta=meta,
-    )
+    folder, meta = Path(folder), read_meta(Path(folder))
+    splits = {split: _open_split(folder, entry) for split, entry in meta["splits"].items()}
+    facts = {field: meta[field] for field in ("name", "title", "stand_in", "vocab_size")}
+    facts |= {"folder": folder, "tokenizer": _make_tokenizer(meta, folder), "meta": meta}
+    return Dataset(**facts, splits=Splits(splits), prepared=splits)
 
 
 def sealed(meta):

@@ -107,7 +107,7 @@ def ladder(preset, precision):
                 config = replace(config, seed=seed)
                 found, seconds = score(data, config, precision, "best", stride)
                 row = {"data": title, "step": step, "loss": found.loss, "word_perplexity": None}
-                if data.unit != "character":
+                if data.tokenizer.unit != "character":
                     row["word_perplexity"] = found.word_perplexity
                 yield row | {"seconds": seconds, "seed": seed}
 
@@ -141,7 +141,7 @@ def sensitivity(preset, precision):
                 if config not in known:
                     known[config] = score(data, config, precision, "last")
                 found, seconds = known[config]
-                row = {"data": data.title, "unit": data.unit, "parameter": parameter}
+                row = {"data": data.title, "unit": data.tokenizer.unit, "parameter": parameter}
                 row |= {"value": value, "seed": config.seed, "steps": config.max_iters}
                 row["tokens"] = config.max_iters * config.tokens_per_step
                 yield row | {"loss": found.loss, "seconds": seconds}

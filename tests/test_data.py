@@ -273,7 +273,7 @@ def test_prepare_by_character(small_play, monkeypatch):
     data = prepare("shakespeare_char", root=small_play)
     text, cut = CONTENT.decode(), len(CONTENT) * 9 // 10
     assert (data.folder, data.title) == (small_play / "shakespeare_char", "Tiny Shakespeare")
-    assert not data.stand_in and data.unit == "character" and data.final_split == "val"
+    assert not data.stand_in and data.tokenizer.unit == "character" and data.final_split == "val"
     assert text_of(data, "train") == text[:cut] and text_of(data, "val") == text[cut:]
     assert data.vocab_size == len(set(text)) and data.splits["train"].dtype == np.uint16
     assert data.bytes == {"train": cut, "val": len(text) - cut}
@@ -321,7 +321,7 @@ def test_stand_in_never_bears_the_real_name(tmp_path, name, folder):
     found = {split: 100 * n / sum(data.bytes.values()) for split, n in data.bytes.items()}
     assert found == pytest.approx(percent, abs=3) and data.final_split == list(percent)[-1]
     everything = (json.dumps(data.meta) + folder).lower()
-    assert f"stand-in: python manual (pydoc topics), by {data.unit}" in everything
+    assert f"stand-in: python manual (pydoc topics), by {data.tokenizer.unit}" in everything
     assert "wikitext" not in everything and "shakespeare" not in everything
     shutil.copytree(data.folder, tmp_path / name, dirs_exist_ok=True)
     with refused("is damaged"):  # a copy of it is not taken for the real set
@@ -366,7 +366,7 @@ def test_wikitext2_is_exact(real):
     for split, source in WIKITEXT2.items():
         assert sha256(text_of(data, split).encode()) == source.sha256, f"{split}: not the text"
     whole = data.tokenizer.encode(text_of(data, "test"))
-    assert data.splits["test"].tolist() == whole and data.unit == "token"
+    assert data.splits["test"].tolist() == whole and data.tokenizer.unit == "token"
 
 
 @pytest.fixture(params=["real", "stand-in"])
@@ -379,7 +379,8 @@ def by_word(request, tmp_path):
 
 def test_wikitext2_by_word_is_exact(real):
     data = real["wikitext2_words"]
-    assert (data.title, data.unit, data.vocab_size) == ("WikiText-2 by word", "word", 33_278)
+    facts = data.title, data.tokenizer.unit, data.vocab_size
+    assert facts == ("WikiText-2 by word", "word", 33_278)
     assert data.words == {"train": 2_088_628, "val": 217_646, "test": 245_569}
     assert data.bytes == real["wikitext2"].bytes and data.meta["variant"] == "v1"
     for split, source in WIKITEXT2.items():

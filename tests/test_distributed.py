@@ -278,8 +278,7 @@ def test_the_command_starts_from_earlier_weights_and_afresh(run_command, corpus,
     assert row["val_loss"] == estimate_loss(model, corpus.splits["val"], SMOKE, CPU)
     assert row["learning_rate"] == 0.002 / (SMOKE.warmup_iters + 1), "not a schedule of its own"
     assert run_command(tuned) == 1 and "start_from" in capsys.readouterr().err
-    assert run_command(f"{tuned} --fresh") == 0
-    assert saved(out)["identity"]["start_from"] is None
+    assert run_command(f"{tuned} --fresh") == 0 and saved(out)["identity"]["start_from"] is None
 
 
 def test_the_command_that_may_be_restarted_is_not_fresh(run_command, capsys, monkeypatch):
@@ -313,8 +312,7 @@ def test_a_slash_behind_the_folder_is_nothing(run_command, corpus, tmp_path, mon
     monkeypatch.setattr(helpers, "ROOT", tmp_path / "own")
     shutil.copytree(corpus.folder, tmp_path / "own/kept")
     for name in ("kept", "kept/"):
-        assert run_command(name) == 0
-        assert trained.call_args.args[3].name == "out-kept-test"
+        assert run_command(name) == 0 and trained.call_args.args[3].name == "out-kept-test"
 
 
 def test_a_path_to_a_set_means_the_same_as_its_name(run_command, corpus, monkeypatch):

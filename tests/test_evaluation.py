@@ -37,9 +37,9 @@ def evaluate(model, data, split, stride=None):
 
 def with_splits(data, **splits):
     arrays = {name: np.asarray(tokens, dtype=np.uint16) for name, tokens in splits.items()}
-    counts = {name: {"tokens": len(tokens)} for name, tokens in arrays.items()}
-    meta = data.meta | {"splits": data.meta["splits"] | counts}
-    return replace(data, splits=Splits(data.splits | arrays), meta=meta)
+    counts = {k: data.meta["splits"][k] | {"tokens": len(ids)} for k, ids in arrays.items()}
+    splits, meta = Splits(data.splits | arrays), {"splits": data.meta["splits"] | counts}
+    return replace(data, splits=splits, prepared=splits, meta=data.meta | meta)
 
 
 @pytest.fixture

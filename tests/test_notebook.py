@@ -331,8 +331,7 @@ def test_full_preset_refuses_the_stand_in(copy, monkeypatch):
 def test_committed_report():
     notebook = nbformat.read(REPORT, as_version=4)
     assert_clean(notebook)
-    assert REPORT.stat().st_size < 1_500_000
-    assert "stand-in" not in shown(notebook, "load")
+    assert REPORT.stat().st_size < 1_500_000 and "stand-in" not in shown(notebook, "load")
     assert "NVIDIA" in shown(notebook, "setup"), "not from a GPU"
     assert len(pictures(notebook)) >= 8, len(pictures(notebook))
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)

@@ -377,8 +377,7 @@ def test_checkpoints_hold_the_run_as_plain_values(unbroken, config, corpus, mode
     shared |= {"iter_num", "best_val_loss"}
     assert best.keys() == shared, "the best weights stand there with more than names them"
     state = {"optimizer", "scaler", "rng", "cuda_rng", "history", "seconds", "waited", "best"}
-    assert last.keys() == shared | state
-    assert not differences(last["best"], best)
+    assert last.keys() == shared | state and not differences(last["best"], best)
     for checkpoint in (last, best):
         assert checkpoint["model_args"] == asdict(model.config)
         assert asdict(config).items() <= checkpoint["identity"].items()
@@ -585,6 +584,7 @@ def test_finished_run_is_loaded_and_not_trained_again(unbroken, corpus, config, 
 @pytest.mark.parametrize("imported", [0, 1])
 def test_changed_code_is_named(corpus, config, tmp_path, monkeypatch, imported):
     """On the disk alone, where the kernel has the old one, or in both; also once taken back."""
+    assert [path.name for path in helpers.CODE] == ["model.py", "helpers.py"]
     code, said = tmp_path / "model.py", "model.py or helpers.py changed"
     monkeypatch.setattr(helpers, "CODE", [code])
     sums = [[hashlib.sha256(text).hexdigest()] for text in (b"old", b"new")]
@@ -621,11 +621,13 @@ def test_other_configuration_or_data_is_refused_by_name(unbroken, corpus, config
     assert contents(unbroken) == before
 
 
-def test_run_on_other_tokens_is_refused(unbroken, corpus, config):
-    """As they are put into a set in memory, to see what less text gives."""
-    less = {**corpus.splits, "train": corpus.splits["train"][:-1]}
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t[::-1], lambda t: np.roll(t, 1)])
+def test_run_on_other_tokens_is_refused(unbroken, corpus, config, change):
+    """As they are put into a set in memory, to see what less or another text gives."""
+    other = replace(corpus, splits={**corpus.splits, "train": change(corpus.splits["train"])})
     with pytest.raises(CheckpointError, match=f"fingerprint {corpus.fingerprint!r} there"):
-        train(replace(corpus, splits=less), config, unbroken)
+        train(other, config, unbroken)
+    assert math.isnan(other.bytes["train"]) and other.words["val"] == corpus.words["val"]
 
 
 # ----- out of memory -----
