@@ -249,6 +249,7 @@ class GPT(nn.Module):
         """Logits (B, T, V) of states (B, T, C); `weight` is `pad_vocab`'s, if made before.
 
         With a pointer's probabilities over `context` (B, S), the logarithms of the mixture's.
+        For generation and charts: training and scores take `vocab_losses`, which needs none.
         """
         weight = pad_vocab(self.lm_head.weight) if weight is None else weight
         logits = F.linear(x, weight)[..., : self.config.vocab_size]
