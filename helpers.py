@@ -467,7 +467,8 @@ def load_model(path, device="cpu", data=None, identity=None):
             config = replace(config, vocab_size=size)  # nanoGPT pads it
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
-        model.load_state_dict({k: v for k, v in weights.items() if v.shape[:-2] != (1, 1)})  # masks
+        kept = [k for k in weights if ".attn.bias" not in k or k in model.state_dict()]  # no masks
+        model.load_state_dict({k: weights[k] for k in kept})
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if out_of_memory(error):
             raise
@@ -558,8 +559,7 @@ class Trainer:
         shape = shard(torch.empty(batches, device="meta")).shape
         self.loader = BatchLoader(self.tokens["train"], shape, config.block_size, device)
         self.lrs, self.losses, self.grad_norms = torch.zeros(3, self.ahead, device=device)
-        self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.loaded = None  # the first of the steps that the tables hold
+        self.row, self.loaded = torch.zeros(1, dtype=torch.int64, device=device), None  # first step
         slow = fused_loss_obstacle() if cuda else None
         self.obstacles = [f"no fused loss: {slow}"] if slow else []
         half = alone and precision.dtype != torch.float32

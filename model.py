@@ -200,14 +200,14 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         self.pointer = PointerHead(config) if config.pointer else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
-        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017)
-        for name, parameter in self.named_parameters():
+        for name, module in self.named_modules():
             # 2 * n_layer layers add to the residual stream: its variance must not grow with depth
-            layers = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(layers))
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+            layers = 2 * config.n_layer if name.endswith("c_proj") else 1
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(layers))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017)
         if config.pointer:  # about 15% of the probability are copies at first
             nn.init.constant_(self.pointer.sentinel.bias, math.log(config.block_size) + 1)
 
@@ -283,8 +283,8 @@ class GPT(nn.Module):
         """Continues the prompts `idx` (B, T) by `max_new_tokens` samples; returns (B, T + new).
 
         Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones. Within the
-        first context keys and values are cached; past it every position shifts with each token, so
-        that each is computed from its whole window. ValueError for what cannot be.
+        first context keys and values, and nothing else, are cached; past it all positions shift,
+        so that each token is computed from its whole window. ValueError for what cannot be.
         """
         idx = self._checked_prompt(idx, max_new_tokens, temperature, top_k)
         (B, T), block, device = idx.shape, self.config.block_size, idx.device

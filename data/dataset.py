@@ -146,7 +146,7 @@ class Dataset:
     def entry(self, split):
         """meta.json's entry of a split; of other tokens bytes and words are NaN: not counted."""
         tokens = self.splits[split]
-        if tokens is self.prepared.get(split):
+        if tokens is self.prepared.get(split) and not tokens.flags.writeable:
             return self.meta["splits"][split]
         sha256 = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
         return {"tokens": len(tokens), "bytes": np.nan, "words": np.nan, "sha256": sha256}
