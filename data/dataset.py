@@ -138,18 +138,18 @@ class Dataset:
     stand_in: bool
     folder: Path
     splits: Splits
-    prepared: dict  # the same; in `splits` others may be put, as to try less text
+    prepared: dict  # the same arrays; in `splits` others may be put, as to try less text
     vocab_size: int
     tokenizer: Tokenizer
     meta: dict[str, Any]  # all of meta.json
 
     def entry(self, split):
-        """meta.json's entry of a split; of other tokens bytes and words are NaN: not counted."""
+        """meta.json's entry of a split; of other tokens the sum, with bytes and words as NaN."""
         tokens = self.splits[split]
         if tokens is self.prepared.get(split) and not tokens.flags.writeable:
             return self.meta["splits"][split]
         sha256 = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
-        return {"tokens": len(tokens), "bytes": np.nan, "words": np.nan, "sha256": sha256}
+        return {"bytes": np.nan, "words": np.nan, "sha256": sha256}
 
     @property
     def bytes(self):  # by split, of its UTF-8 text
