@@ -61,8 +61,9 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
     try:
         return _intact(folder) or _open_or_make(folder, *parts(name, root))
     except Unavailable as error:
-        if (folder / "meta.json").exists():
-            raise DataError(f"{folder} is damaged and cannot be made again: {error}") from error
+        with _readable(folder):
+            if (folder / "meta.json").exists():
+                raise DataError(f"{folder} is damaged and cannot be made again: {error}") from error
         if not allow_stand_in:
             raise
     return _stand_in(name, root)
@@ -71,9 +72,8 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
 def prepare_alike(names, *, allow_stand_in=False, root=ROOT):
     """The Datasets of these names: all real, or all the stand-in, so that they are of one text."""
     found = [prepare(name, allow_stand_in=allow_stand_in, root=root) for name in names]
-    if len({data.stand_in for data in found}) == 1:
-        return found
-    return [_stand_in(name, Path(root)) for name in names]
+    alike = len({data.stand_in for data in found}) == 1
+    return found if alike else [_stand_in(name, Path(root)) for name in names]
 
 
 def prepare_text(source, name=None, tokenizer="gpt2", root=ROOT):

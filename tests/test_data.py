@@ -734,27 +734,27 @@ def unprivileged():
                 os.seteuid(0)
 
 
-LOCKED = [("texts", "texts"), ("texts", "texts/below/one.txt"), ("texts/below", "texts")]
-LOCKED += [("texts/below", "texts/**/*.txt"), ("texts/below", "texts/*/*")]
-LOCKED += [("texts/below", "texts/*/one.txt"), ("texts/below", "texts/**")]
-LOCKED += [("texts/below/one.txt", "texts"), ("root", "texts"), ("mine/meta.json", "")]
+LOCKED = [("texts/below", f"texts{end}") for end in ("", "/**/*.txt", "/*/*", "/*/one.txt", "/**")]
+LOCKED += [("texts", "texts"), ("texts", "texts/below/one.txt"), ("texts/below/one.txt", "texts")]
+LOCKED += [("root", "texts"), ("wikitext2/meta.json", ""), ("wikitext2", "")]
 
 
 @pytest.mark.parametrize("mode", [0, 0o444])
 @pytest.mark.parametrize("locked, source", LOCKED)
 def test_what_may_not_be_read_or_written_is_one_sentence(unprivileged, locked, source, mode):
     put(unprivileged, "texts/below/one.txt", play())
-    put(unprivileged, "mine/meta.json", "{}")
+    put(unprivileged, "wikitext2/meta.json", "{}")
     (unprivileged / "root").mkdir()
     mode *= (unprivileged / locked).is_dir()  # such a folder can be listed, not entered
     os.chmod(unprivileged / locked, mode)
     named = locked if source != "texts" or locked == "root" else source
-    says = ["make it writable" if locked == "root" else "permissions", named]
-    with refused(*says):
+    with refused("make it writable" if locked == "root" else "permissions", named):
         if source:
             prepare_text(unprivileged / source, "mine", "char", unprivileged / "root")
+        elif locked == "wikitext2":
+            prepare("wikitext2", root=unprivileged, allow_stand_in=True)
         else:
-            load(unprivileged / "mine")
+            load(unprivileged / "wikitext2")
 
 
 CUTS = {"paragraphs": (play(12), "\n\n"), "many paragraphs": (play(333), "\n\n")}
