@@ -467,8 +467,8 @@ def load_model(path, device="cpu", data=None, identity=None):
             config = replace(config, vocab_size=size)  # nanoGPT pads it
             weights["lm_head.weight"] = weights["transformer.wte.weight"] = head[:size]
         model = GPT(config)
-        kept = [k for k in weights if ".attn.bias" not in k or k in model.state_dict()]  # no masks
-        model.load_state_dict({k: weights[k] for k in kept})
+        kept = [k for k in weights if not k.endswith(".attn.bias") or k in model.state_dict()]
+        model.load_state_dict({k: weights[k] for k in kept})  # without old versions' masks
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if out_of_memory(error):
             raise
@@ -687,10 +687,10 @@ class Interrupts:
     def note(self, number, frame):
         self.received = self.received or number
         if number == signal.SIGINT and "LOCAL_RANK" not in os.environ:  # torchrun passes its own on
-            signal.signal(number, self.previous.pop(number))
+            signal.signal(number, self.previous.pop(number, signal.default_int_handler))
 
     def __exit__(self, *error):
-        for number, handler in self.previous.items():
+        for number, handler in list(self.previous.items()):  # a signal meanwhile takes one out
             signal.signal(number, handler)
         if self.received not in (None, signal.SIGINT):
             signal.raise_signal(self.received)  # takes its course, now that work is saved

@@ -430,8 +430,7 @@ def test_nanogpt_checkpoint_loads_with_its_padded_vocabulary_cropped(config, cor
     corpus = replace(corpus, tokenizer=GPT2Tokenizer(tmp_path))
     cropped = helpers.load_model(path, data=corpus)(idx)
     torch.testing.assert_close(cropped, padded(idx)[..., : corpus.vocab_size])
-    weights, _ = helpers.start_weights(path, config, corpus)
-    make_model(config, corpus).load_state_dict(weights)
+    make_model(config, corpus).load_state_dict(helpers.start_weights(path, config, corpus)[0])
     with pytest.raises(CheckpointError, match="64 ids.*65"):
         helpers.load_model(path, data=replace(corpus, vocab_size=65))
     torch.save(torch.load(path) | {"chars": "0"}, path)  # this project pads none: all 64 count
@@ -449,12 +448,16 @@ def test_checkpoint_of_other_words_is_refused(config, corpus, tmp_path):
             helpers.start_weights(tmp_path / "ckpt.pt", config, unlike)
 
 
-def test_checkpoint_whose_output_layer_is_not_its_embedding_is_refused(unbroken):
-    """The model has one matrix for both, and would silently take the one read last."""
+OTHERS = [("lm_head.weight", "output layer"), ("transformer.h.0.attn.bias_table", "Unexpected key")]
+
+
+@pytest.mark.parametrize("name, says", OTHERS)
+def test_checkpoint_with_weights_that_the_model_has_no_place_for_is_refused(unbroken, name, says):
+    """Of two unlike output layers it would take the one read last; masks alone are left out."""
     checkpoint = saved(unbroken, "ckpt.pt")
-    checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["lm_head.weight"] + 1
+    checkpoint["model"][name] = checkpoint["model"]["lm_head.weight"] + 1
     torch.save(checkpoint, unbroken / "ckpt.pt")
-    with pytest.raises(CheckpointError, match="output layer"):
+    with pytest.raises(CheckpointError, match=says):
         helpers.load_model(unbroken / "ckpt.pt")
 
 
@@ -495,12 +498,9 @@ def test_run_interrupted_after_each_step_comes_to_the_same_end(unbroken, corpus,
 
 
 def test_second_interrupt_acts_at_once(corpus, config, tmp_path):
-    def twice(run):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
+    twice = 2 * [signal.SIGINT]
     with pytest.raises(KeyboardInterrupt):
-        train(corpus, config, tmp_path, view=twice)
+        train(corpus, config, tmp_path, view=lambda run: [*map(signal.raise_signal, twice)])
 
 
 @pytest.mark.parametrize("number", [HANGUP, signal.SIGTERM, signal.SIGINT])
