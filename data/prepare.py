@@ -61,9 +61,9 @@ def prepare(name, *, allow_stand_in=False, root=ROOT):
     try:
         return _intact(folder) or _open_or_make(folder, *parts(name, root))
     except Unavailable as error:
-        with _readable(folder):
-            if (folder / "meta.json").exists():
-                raise DataError(f"{folder} is damaged and cannot be made again: {error}") from error
+        with _readable(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(folder / "meta.json")  # exists() says no where it may not look
+            raise DataError(f"{folder} is damaged and cannot be made again: {error}") from error
         if not allow_stand_in:
             raise
     return _stand_in(name, root)
