@@ -697,9 +697,9 @@ class Interrupts:
 
     def __call__(self):
         """Whether any process has received one: all ask at the same steps, and stop together."""
-        number = all_reduce(torch.tensor(self.received or 0), "MAX")
-        self.received = self.received or number.item() or None
-        return number.item() > 0
+        number = all_reduce(torch.tensor(self.received or 0), "MAX").item()
+        self.received = self.received or number or None  # calls nothing: loses no signal
+        return number > 0
 
 
 class Run:

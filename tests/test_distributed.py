@@ -187,8 +187,7 @@ def assert_close(found, wanted):
 
 @pytest.mark.parametrize("name", SHARES)
 def test_two_processes_train_as_one(seen, corpus, tmp_path, name):
-    alone = train(corpus, SHARES[name], tmp_path)
-    assert_close(seen[0][0][name]["curves"], curves(alone))
+    assert_close(seen[0][0][name]["curves"], curves(train(corpus, SHARES[name], tmp_path)))
     for file in ("last.pt", "ckpt.pt"):
         two, one = saved(corpus.folder.parent / name, file), saved(tmp_path, file)
         assert two.keys() == one.keys() and two["model"].keys() == one["model"].keys()

@@ -48,8 +48,7 @@ def test_the_ladder_leads_from_the_baseline_to_the_improved_model():
 
 
 def test_the_cached_ladder_is_of_the_steps_of_today():
-    preset = helpers.PRESETS["record"]
-    steps = [step for rows in study.ladder_configs(preset) for step, *_ in rows]
+    steps = [step for rows in study.ladder_configs(helpers.PRESETS["record"]) for step, *_ in rows]
     cached = json.loads((study.RESULTS / "ladder.json").read_text())["rows"]
     seeds = {step: study.SEEDS for step in steps} | {"baseline": study.BASELINE_SEEDS}
     wanted = [(step, seed) for step in steps for seed in seeds[step]]
