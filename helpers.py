@@ -687,10 +687,10 @@ class Interrupts:
     def note(self, number, frame):
         self.received = self.received or number
         if number == signal.SIGINT and "LOCAL_RANK" not in os.environ:  # torchrun passes its own on
-            signal.signal(number, self.previous.pop(number, signal.default_int_handler))
+            signal.signal(number, self.previous.get(number, signal.default_int_handler))
 
     def __exit__(self, *error):
-        for number, handler in list(self.previous.items()):  # a signal meanwhile takes one out
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
         if self.received not in (None, signal.SIGINT):
             signal.raise_signal(self.received)  # takes its course, now that work is saved
@@ -698,7 +698,7 @@ class Interrupts:
     def __call__(self):
         """Whether any process has received one: all ask at the same steps, and stop together."""
         number = all_reduce(torch.tensor(self.received or 0), "MAX").item()
-        self.received = self.received or number or None  # calls nothing: loses no signal
+        self.received = self.received or number or None  # without a call, so no signal is lost
         return number > 0
 
 
